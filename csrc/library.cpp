@@ -1,0 +1,47 @@
+// Every operator's schema, once. Shapes: N images, C channels, H x W map, O output channels, kh x kw kernel, G offset groups,
+// Ho x Wo output.
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include <string>
+
+namespace {
+
+std::string build_info() {
+  std::string info = "torch " TORCH_VERSION ", ";
+#if defined(__clang__)
+  info += "clang " __clang_version__;
+#elif defined(__GNUC__)
+  info += "gcc " __VERSION__;
+#elif defined(_MSC_VER)
+  info += "msvc " + std::to_string(_MSC_VER);
+#endif
+#ifdef _OPENMP
+  info += ", OpenMP";
+#else
+  info += ", one thread only";
+#endif
+#ifdef WITH_CUDA
+  info += ", CPU and CUDA";
+#else
+  info += ", CPU only";
+#endif
+  return info;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(dcnv2_d2, m) {
+  m.set_python_module("dcnv2_d2.ops._registrations");
+  m.def("build_info() -> str", &build_info);
+
+  // input [N, C, H, W], offset [N, 2*G*kh*kw, Ho, Wo], weight [O, C/groups, kh, kw], bias [O], mask [N, G*kh*kw, Ho, Wo]
+  // -> [N, O, Ho, Wo]
+  m.def(
+      "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");
+  // grad [N, O, Ho, Wo] -> gradients of input, offset, weight, mask; of those not `wanted`, an empty tensor
+  m.def(
+      "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+}

@@ -1,0 +1,92 @@
+"""The one place that knows about Detectron2 versions: 0.6, with or without its compiled part, and main.
+
+Both call themselves "0.6", so what matters is read from their source files. Nothing here imports Detectron2 (that
+takes seconds); on main, and on any later Detectron2, :func:`prepare` changes nothing.
+"""
+
+import sys
+from importlib.machinery import ModuleSpec, PathFinder
+from importlib.util import find_spec, module_from_spec
+from pathlib import Path
+
+INSTALL_HINT = "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2.git"
+
+
+def find_detectron2():
+    """Returns Detectron2's directory, or None if it is not installed."""
+    spec = find_spec("detectron2")
+    # A folder that is merely called detectron2, such as a clone beside the script, has no origin.
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def has_compiled_part():
+    """Whether Detectron2 has its own `_C`: rotated boxes, its deformable layers, the fast COCO evaluation."""
+    root = find_detectron2()
+    # Not find_spec("detectron2._C"): that imports detectron2, and would find our stand-in.
+    return root is not None and PathFinder.find_spec("detectron2._C", [str(root)]) is not None
+
+
+def has_fast_coco_eval():
+    """What to pass to COCOEvaluator as `use_fast_impl`; 0.6 does not fall back to the official one by itself."""
+    return has_compiled_part()
+
+
+def prepare():
+    """Makes Detectron2 importable beside current NumPy and Pillow; call before the first import from it.
+
+    Returns:
+        bool: whether Detectron2 is installed.
+    """
+    root = find_detectron2()
+    if root is None:
+        return False
+    # Since January 2022 Detectron2 guards this import and does without its compiled part by itself.
+    if not has_compiled_part() and _contains(root / "layers" / "deform_conv.py", "\nfrom detectron2 import _C\n"):
+        sys.modules.setdefault("detectron2._C", _stand_in())
+    # Of the removed names, the last one that Detectron2 stopped using, in July 2023.
+    if _contains(root / "data" / "transforms" / "transform.py", "Image.LINEAR"):
+        _restore_aliases()
+    return True
+
+
+def _contains(path, text):
+    return path.is_file() and text in path.read_text(encoding="utf-8")
+
+
+def _restore_aliases():
+    """Puts back the names that Detectron2 0.6 uses and NumPy 1.24 and Pillow 10 removed, where they are missing."""
+    import numpy as np
+    from PIL import Image
+
+    # vars(), because hasattr() on a removed NumPy alias warns.
+    for alias in (bool, int, float, str):
+        vars(np).setdefault(alias.__name__, alias)
+    vars(Image).setdefault("LINEAR", Image.BILINEAR)
+
+
+def _stand_in():
+    """Returns a module to be found as `detectron2._C`, every function of which raises when it is called."""
+    # With a spec, as importlib.util.find_spec raises for a loaded module that has none.
+    module = module_from_spec(ModuleSpec("detectron2._C", loader=None, origin="stand-in by dcnv2_d2.compat"))
+    module.__doc__ = "Stands in for Detectron2's compiled part, which is not built here."
+    # Detectron2's default_setup logs these.
+    module.get_compiler_version = module.get_cuda_version = lambda: "detectron2._C is not built"
+    module.has_cuda = lambda: False
+    module.__getattr__ = _missing
+    return module
+
+
+def _missing(name):
+    # Special names are probed by the import system, inspect, copy and pickle, which expect an AttributeError.
+    if name.startswith("__"):
+        raise AttributeError(f"module 'detectron2._C' has no attribute {name!r}")
+    if name in ("InstanceAnnotation", "COCOevalEvaluateImages", "COCOevalAccumulate"):
+        remedy = "Pass use_fast_impl=False to COCOEvaluator"
+    else:
+        remedy = "dcnv2_d2's own layers do not need it; for this one, build Detectron2 from source: " + INSTALL_HINT
+
+    def missing(*args, **kwargs):
+        raise RuntimeError(f"detectron2._C.{name} was called, but this Detectron2 has no compiled part. {remedy}.")
+
+    missing.__name__ = missing.__qualname__ = name
+    return missing

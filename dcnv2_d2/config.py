@@ -1,0 +1,16 @@
+"""The config keys that DCNv2 adds to Detectron2's; the choice of stages, v1 or v2, and offset groups are Detectron2's own
+MODEL.RESNETS.DEFORM_ON_PER_STAGE, DEFORM_MODULATED and DEFORM_NUM_GROUPS."""
+
+from detectron2.config import CfgNode
+
+
+def add_dcnv2_config(cfg: CfgNode) -> None:
+    """Adds every key of this package, with its default, to a Detectron2 config."""
+    cfg.MODEL.DCNV2 = CfgNode()
+    # Largest modulation of a sample (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained network's
+    # function unchanged at the start.
+    cfg.MODEL.DCNV2.MASK_SCALE = 1.0
+    # Learning rate of the layers that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
+    cfg.MODEL.DCNV2.OFFSET_LR_FACTOR = 0.1
+    # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
+    cfg.SOLVER.OPTIMIZER = "SGD"

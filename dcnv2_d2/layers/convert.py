@@ -1,0 +1,64 @@
+"""Turns parts of an existing model deformable."""
+
+import re
+from collections.abc import Callable
+
+from torch import nn
+
+from .deform_conv import DeformConv2d, ModulatedDeformConv2d, accept_sibling_names
+
+
+def replace_convs(
+    module: nn.Module,
+    where: str | Callable[[str, nn.Conv2d], bool],
+    *,
+    modulated: bool = True,
+    offset_groups: int = 1,
+    mask_scale: float = 1.0,
+) -> list[str]:
+    """Makes the chosen convolutions of a model deformable, in place; all their weights stay.
+
+    Convolutions with a 1x1 kernel, and those that are deformable already, are passed over: calling it twice is the same
+    as calling it once.
+
+    Args:
+        module: any model made of nn.Conv2d: a Detectron2 backbone, a head, torchvision's ResNet.
+        where: a regular expression to be found in the convolution's name, or a function of (name, convolution).
+        modulated: v2; False makes v1 layers, without a mask.
+        offset_groups, mask_scale: see ModulatedDeformConv2d.
+
+    Returns:
+        The names of the replaced convolutions.
+
+    Raises:
+        ValueError: `where` chooses no convolution larger than 1x1, or one that cannot be converted (see from_conv).
+    """
+    if isinstance(where, str):
+        pattern = re.compile(where)
+        chooses = lambda name, conv: pattern.search(name)  # noqa: E731
+    else:
+        chooses = where
+    modules = dict(module.named_modules())
+    own = {id(m.conv_offset) for m in modules.values() if isinstance(m, DeformConv2d)}
+    chosen = {
+        name: conv
+        for name, conv in modules.items()
+        if isinstance(conv, nn.Conv2d) and id(conv) not in own and conv.kernel_size != (1, 1) and chooses(name, conv)
+    }
+    if not chosen:
+        raise ValueError(f"where must choose at least one convolution larger than 1x1 of the module, got {where!r}")
+
+    replaced = []
+    for name, conv in chosen.items():
+        if isinstance(conv, DeformConv2d):
+            continue
+        if modulated:
+            layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
+        else:
+            layer = DeformConv2d.from_conv(conv, offset_groups=offset_groups)
+        layer.name = name
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, layer)
+        modules[parent].register_load_state_dict_pre_hook(accept_sibling_names)
+        replaced.append(name)
+    return replaced

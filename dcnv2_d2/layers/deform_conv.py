@@ -1,0 +1,164 @@
+"""Deformable convolutions that predict their own offsets (Deformable ConvNets v2, section 3.2)."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import deform_conv2d
+from .statistics import record_statistics
+
+
+def _rename(state_dict, other: str, own: str) -> None:
+    for name in ("weight", "bias"):
+        if other + name in state_dict:
+            state_dict[own + name] = state_dict.pop(other + name)
+
+
+def accept_sibling_names(parent: nn.Module, state_dict, prefix, *_) -> None:
+    """Load hook of a module with deformable layers: `<layer>_offset.*`, the sibling of Detectron2, becomes the layer's."""
+    for child, layer in parent.named_children():
+        if isinstance(layer, DeformConv2d):
+            _rename(state_dict, f"{prefix}{child}_offset.", f"{prefix}{child}.conv_offset.")
+
+
+class DeformConv2d(nn.Conv2d):
+    """Deformable convolution (v1): a convolution of its own, `conv_offset`, predicts where each tap samples.
+
+    `conv_offset` has the kernel, stride, padding and dilation of the convolution it serves and starts at zero, so that a
+    new layer samples the regular grid. Checkpoints that call it `conv_offset_mask` load as they are; in a model converted
+    by replace_convs so do those where it is a sibling, `<layer>_offset` (Detectron2, older mmdetection).
+    """
+
+    channels_per_tap = 2  # of conv_offset: dy, dx
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        offset_groups: int = 1,
+        norm: nn.Module | None = None,
+        activation: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """Takes the arguments of nn.Conv2d, and:
+
+        Args:
+            offset_groups: the input channels are divided into so many groups with offsets of their own.
+            norm: applied to the output, as in detectron2.layers.Conv2d.
+            activation: applied after norm.
+
+        Raises:
+            ValueError: in_channels is not a multiple of offset_groups.
+        """
+        if offset_groups < 1 or in_channels % offset_groups:
+            raise ValueError(f"offset_groups must divide in_channels ({in_channels}), got {offset_groups}")
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
+        self.offset_groups = offset_groups
+        self.norm = norm
+        self.activation = activation
+        taps = self.kernel_size[0] * self.kernel_size[1]
+        self.conv_offset = nn.Conv2d(
+            in_channels, self.channels_per_tap * offset_groups * taps, kernel_size, stride, padding, dilation
+        )
+        nn.init.zeros_(self.conv_offset.weight)
+        nn.init.zeros_(self.conv_offset.bias)
+        # Prefix of the layer's statistics in the event storage; replace_convs sets it to the layer's place in the model.
+        self.name = type(self).__name__
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, **kwargs):
+        """Makes a deformable layer that takes over an existing convolution.
+
+        Args:
+            conv: its weight, bias, geometry, groups and, as in detectron2.layers.Conv2d, norm and activation are taken
+                over; they are the same objects afterwards, not copies.
+            kwargs: the layer's own arguments: offset_groups, mask_scale.
+
+        Raises:
+            ValueError: conv is transposed, already deformable, or pads with something else than a number of zeros.
+        """
+        if not isinstance(conv, nn.Conv2d) or isinstance(conv, DeformConv2d):
+            raise ValueError(f"conv must be an nn.Conv2d that is not deformable yet, got {type(conv).__name__}")
+        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+            raise ValueError(
+                f"conv must pad with a given number of zeros, got padding={conv.padding!r}, "
+                f"padding_mode={conv.padding_mode!r}"
+            )
+        layer = cls(
+            conv.in_channels,
+            conv.out_channels,
+            conv.kernel_size,
+            conv.stride,
+            conv.padding,
+            conv.dilation,
+            conv.groups,
+            bias=conv.bias is not None,
+            norm=getattr(conv, "norm", None),
+            activation=getattr(conv, "activation", None),
+            **kwargs,
+        )
+        layer.weight, layer.bias = conv.weight, conv.bias
+        layer.conv_offset.to(conv.weight)
+        return layer.train(conv.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tensor[N, C, H, W] -> Tensor[N, O, Ho, Wo]"""
+        offset, mask = self.predict(x)
+        if self.training and not torch.compiler.is_compiling():
+            record_statistics(self.name, offset, mask, x.shape[-2:])
+        x = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.activation is not None:
+            x = self.activation(x)
+        return x
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The offset and the mask of deform_conv2d for an input Tensor[N, C, H, W]; a v1 layer has no mask."""
+        return self.conv_offset(x), None
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", offset_groups={self.offset_groups}"
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        _rename(state_dict, prefix + "conv_offset_mask.", prefix + "conv_offset.")
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ModulatedDeformConv2d(DeformConv2d):
+    """Modulated deformable convolution (v2, Eq. 1): `conv_offset` also predicts an amplitude for each tap.
+
+    The mask is mask_scale * sigmoid(logit). It starts at half of mask_scale: 0.5 with the paper's 1.0, as in every
+    published checkpoint; with 2.0 a freshly converted layer computes exactly the convolution it took over.
+    """
+
+    channels_per_tap = 3  # dy, dx of all taps first, then the mask logits
+
+    def __init__(self, *args, mask_scale: float = 1.0, **kwargs):
+        """Takes the arguments of DeformConv2d, and:
+
+        Args:
+            mask_scale: the largest modulation.
+
+        Raises:
+            ValueError: mask_scale is not above 0.
+        """
+        if not mask_scale > 0:
+            raise ValueError(f"mask_scale must be above 0, got {mask_scale}")
+        super().__init__(*args, **kwargs)
+        self.mask_scale = mask_scale
+
+    def predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = self.conv_offset(x)
+        offset, logits = prediction.tensor_split([prediction.shape[1] // 3 * 2], dim=1)
+        return offset, self.mask_scale * logits.sigmoid()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", mask_scale={self.mask_scale}"

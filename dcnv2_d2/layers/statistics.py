@@ -1,0 +1,45 @@
+"""How far the layers bend: offset statistics in Detectron2's event storage, and a warning when offsets run away."""
+
+import logging
+
+import torch
+from torch import Tensor
+
+PERIOD = 20  # iterations: Detectron2's own writers run as often, and reading a number stalls a GPU
+
+
+@torch.no_grad()
+def record_statistics(name: str, offset: Tensor, mask: Tensor | None, size: tuple[int, int]) -> None:
+    """Writes `<name>/offset_mean`, `offset_max` (of the absolute value, in input pixels) and `mask_mean`.
+
+    Does nothing outside a Detectron2 training loop. Warns when the mean offset passes a quarter of the input map, the
+    sign of a diverging layer.
+
+    Args:
+        offset (Tensor[N, 2*G*K, Ho, Wo]), mask (Tensor[N, G*K, Ho, Wo]): what the layer predicted.
+        size: height and width of the layer's input.
+    """
+    storage = _event_storage()
+    if storage is None or storage.iter % PERIOD or offset.numel() == 0:
+        return
+    distance = offset.detach().float().abs()
+    mean = distance.mean().item()
+    storage.put_scalar(f"{name}/offset_mean", mean, smoothing_hint=False)
+    storage.put_scalar(f"{name}/offset_max", distance.max().item(), smoothing_hint=False)
+    if mask is not None:
+        storage.put_scalar(f"{name}/mask_mean", mask.detach().float().mean().item(), smoothing_hint=False)
+    if not mean <= min(size) / 4:
+        logging.getLogger(__name__).warning(
+            "%s: the mean offset is %.1f pixels on a map of %d x %d; training diverges. "
+            "Lower MODEL.DCNV2.OFFSET_LR_FACTOR or the learning rate, or clip gradients.",
+            name, mean, *size,
+        )  # fmt: skip
+
+
+def _event_storage():
+    try:
+        from detectron2.utils.events import get_event_storage
+
+        return get_event_storage()
+    except (ImportError, AssertionError):  # no Detectron2, or no training loop
+        return None

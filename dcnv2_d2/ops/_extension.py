@@ -1,0 +1,32 @@
+"""Loads the compiled operators. Importing the package never fails for want of them: the first use does, with a reason."""
+
+import importlib.util
+
+import torch
+
+
+def _load() -> str | None:
+    """Loads dcnv2_d2._C and the rules that go with it; returns why that cannot be done, or None."""
+    remedy = "run in the project's folder: pip install --no-build-isolation -e ."
+    spec = importlib.util.find_spec("dcnv2_d2._C")
+    if spec is None:
+        return f"dcnv2_d2's compiled operators (dcnv2_d2._C) are not built; {remedy}"
+    try:
+        torch.ops.load_library(spec.origin)
+    except OSError as e:
+        return (
+            f"dcnv2_d2's compiled operators ({spec.origin}) do not load with torch {torch.__version__}: {e}; "
+            f"to build them for it, {remedy}"
+        )
+    from . import _registrations  # noqa: F401  needs the operators' schemas
+
+    return None
+
+
+error = _load()
+
+
+def check() -> None:
+    """Raises RuntimeError if the compiled operators are missing; a line that torch.compile can follow."""
+    if error is not None:
+        raise RuntimeError(error)

@@ -1,0 +1,75 @@
+"""Builds dcnv2_d2._C, the compiled operators: for the CPU always, for CUDA when it can be used or is asked for."""
+
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+
+try:
+    import torch
+    from torch.utils import cpp_extension
+except ImportError:
+    raise SystemExit(
+        "dcnv2_d2 compiles its operators against the PyTorch they will run with, and no PyTorch was found here. "
+        "Install torch first, then run: pip install --no-build-isolation -e ."
+    ) from None
+
+ROOT = Path(__file__).resolve().parent
+
+
+def find_cuda_home():
+    """The first candidate that really is a toolkit: a wrapper script of nvcc on the PATH can mislead torch's guess."""
+    candidates = (os.environ.get("CUDA_HOME"), cpp_extension.CUDA_HOME, "/usr/local/cuda")
+    return next((c for c in candidates if c and (Path(c) / "include" / "cuda_runtime.h").is_file()), None)
+
+
+def decide_cuda():
+    """Returns (whether to compile the CUDA sources, the reason)."""
+    forced = os.environ.get("FORCE_CUDA") == "1"
+    if torch.version.cuda is None:
+        if forced:
+            raise SystemExit(f"FORCE_CUDA=1, but torch {torch.__version__} is a build without CUDA.")
+        return False, f"torch {torch.__version__} is a build without CUDA"
+    home = find_cuda_home()
+    if home is None or not (shutil.which("nvcc") or (Path(home) / "bin" / "nvcc").is_file()):
+        if forced:
+            raise SystemExit("FORCE_CUDA=1, but no CUDA toolkit was found; set CUDA_HOME to the one to use.")
+        return False, "no CUDA toolkit (nvcc) was found"
+    if not forced and not torch.cuda.is_available():
+        return False, "no GPU is present (FORCE_CUDA=1 compiles for CUDA all the same)"
+    cpp_extension.CUDA_HOME = home
+    # Without a GPU to ask, compile for every generation the toolkit's users have, plus PTX for later ones.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0+PTX")
+    return True, "FORCE_CUDA=1" if forced else f"found {torch.cuda.get_device_name(0)} and the toolkit at {home}"
+
+
+def extension():
+    sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    # No -std (torch chooses), no -march (wheels travel; the kernels dispatch by themselves), no debug symbols.
+    cxx = ["-O3", "-g0"] if os.name != "nt" else ["/O2"]
+    # Without OpenMP at::parallel_for silently runs on one thread.
+    openmp = ["-fopenmp"] if os.name != "nt" else ["/openmp"]
+    compile_args = {"cxx": cxx + openmp}
+    cuda_sources = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+    with_cuda, reason = decide_cuda() if cuda_sources else (False, "this version has no CUDA sources")
+    print(f"dcnv2_d2: building for {'CPU and CUDA' if with_cuda else 'CPU only'}: {reason}.", flush=True)
+    macros = []
+    if with_cuda:
+        sources += cuda_sources
+        macros.append(("WITH_CUDA", None))
+        compile_args["nvcc"] = ["-O3"]
+    build = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    return build(
+        "dcnv2_d2._C",
+        # Relative paths: setuptools refuses absolute ones in an sdist.
+        [str(s.relative_to(ROOT)) for s in sources],
+        include_dirs=[str(ROOT / "csrc")],
+        define_macros=macros,
+        extra_compile_args=compile_args,
+        extra_link_args=openmp if os.name != "nt" else [],
+    )
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})

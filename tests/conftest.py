@@ -1,0 +1,21 @@
+import pytest
+import torch
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request):
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU")
+        import dcnv2_d2.ops  # noqa: F401
+
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("dcnv2_d2::deform_conv2d", "CUDA"):
+            pytest.skip("dcnv2_d2 was built without CUDA")
+    return request.param
