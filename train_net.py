@@ -2,7 +2,12 @@
 """Trains and evaluates a model from a config file, in the way of Detectron2's own train_net.py."""
 
 import logging
+import os
 from pathlib import Path
+
+# Before torch starts its threads: by default they spin while they wait, which makes training several times slower as
+# soon as another process wants the same cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
@@ -49,6 +54,14 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_optimizer(cls, cfg, model):
         return build_optimizer(cfg, model)
+
+    # Detectron2 0.6 leaves the optimizer's state out of its checkpoints (detectron2 #4110); main does the same as here.
+    def state_dict(self):
+        return super().state_dict() | {"_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
 
 
 def setup(args):

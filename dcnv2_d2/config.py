@@ -1,5 +1,8 @@
-"""The config keys that DCNv2 adds to Detectron2's; the choice of stages, v1 or v2, and offset groups are Detectron2's own
-MODEL.RESNETS.DEFORM_ON_PER_STAGE, DEFORM_MODULATED and DEFORM_NUM_GROUPS."""
+"""The config keys that DCNv2 adds to Detectron2's.
+
+The choice of stages, v1 or v2, and offset groups are Detectron2's own MODEL.RESNETS.DEFORM_ON_PER_STAGE,
+DEFORM_MODULATED and DEFORM_NUM_GROUPS.
+"""
 
 from detectron2.config import CfgNode
 
@@ -12,5 +15,7 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.MODEL.DCNV2.MASK_SCALE = 1.0
     # Learning rate of the layers that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
     cfg.MODEL.DCNV2.OFFSET_LR_FACTOR = 0.1
+    # Channels of conv5 after its 1x1 reduction, in the *_dc5_backbone builders (section 4.1: 256).
+    cfg.MODEL.DCNV2.DC5_CHANNELS = 256
     # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"

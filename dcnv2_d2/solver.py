@@ -31,9 +31,7 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    predictors = {
-        id(p) for m in model.modules() if isinstance(m, DeformConv2d) for p in m.conv_offset.parameters()
-    }
+    predictors = {id(p) for m in model.modules() if isinstance(m, DeformConv2d) for p in m.conv_offset.parameters()}
     # Few groups, as optimizers step through them one by one: those with equal options are joined.
     joined = {}
     for group in groups:

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from dcnv2_d2 import collect_env, compat
 
 ROOT = Path(__file__).parents[1]

@@ -211,7 +211,7 @@ struct Call {
   // Chooses how many channels make a slab and how many pixels a tile, so that beside the results a call needs about a tenth
   // of the memory that the columns of one whole image would take: two thirds of it for the slab's map and weights.
   void plan(int64_t least_channels) {
-    const int64_t budget = s.taps() * s.in_channels * s.out_pixels() * sizeof(column_t) / 10;
+    const int64_t budget = s.taps() * s.in_channels * s.out_pixels() * sizeof(column_t) / 12;
     const int64_t per_channel = (s.in_pixels() + s.taps() * s.out_channels / s.groups) * sizeof(acc_t);
     slab_channels = budget * 2 / 3 / per_channel / 16 * 16;
     slab_channels = std::clamp(slab_channels, least_channels, std::max<int64_t>(least_channels, 128));

@@ -29,7 +29,7 @@ class SamplingRecord:
 
 @contextmanager
 def record_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
-    """Records every deformable layer that runs inside the block, in the order in which they run."""
+    """Records every deformable layer that runs inside the block, in that order; an empty batch leaves no record."""
     records: list[SamplingRecord] = []
 
     def recorder(name):
@@ -37,9 +37,11 @@ def record_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
         def hook(layer, inputs):
             x = inputs[0][:1]
             offset, mask = layer.predict(x)
-            height, width = offset.shape[-2:]
-            offset = offset[0].unflatten(0, (-1, 2))  # [G*K, 2, Ho, Wo]
-            mask = offset.new_ones(offset.shape[0], height, width) if mask is None else mask[0]
+            if len(x) == 0:
+                return
+            # In float32: half precision would move the grid of a large map.
+            offset = offset[0].float().unflatten(0, (-1, 2))  # [G*K, 2, Ho, Wo]
+            mask = torch.ones_like(offset[:, 0]) if mask is None else mask[0].float()
             records.append(SamplingRecord(name, _regular_grid(layer, offset) + offset, mask, tuple(x.shape[-2:])))
 
         return hook
@@ -65,7 +67,7 @@ def _regular_grid(layer: DeformConv2d, like: Tensor) -> Tensor:
     ys, xs = axes  # [kh, Ho], [kw, Wo]
     shape = (len(ys), len(xs), like.shape[-2], like.shape[-1])
     grid = torch.stack([ys[:, None, :, None].expand(shape), xs[None, :, None, :].expand(shape)], dim=2)
-    return grid.flatten(0, 1).repeat(layer.offset_groups, 1, 1, 1).to(like.dtype)
+    return grid.flatten(0, 1).repeat(layer.offset_groups, 1, 1, 1)
 
 
 def sampling_points(
@@ -96,8 +98,8 @@ def sampling_points(
         in_size = torch.tensor(record.in_size, device=device)
         out_stride, in_stride = (image / out_size).round(), (image / in_size).round()
         cell = (points / out_stride).round().long().clamp(min=torch.zeros_like(out_size), max=out_size - 1)
-        position = record.position[:, :, cell[:, 0], cell[:, 1]].permute(2, 0, 1).float()  # [P, G*K, 2]
-        weights = (weights[:, None] * record.mask[:, cell[:, 0], cell[:, 1]].T.float()).flatten()
+        position = record.position[:, :, cell[:, 0], cell[:, 1]].permute(2, 0, 1)  # [P, G*K, 2]
+        weights = (weights[:, None] * record.mask[:, cell[:, 0], cell[:, 1]].T).flatten()
         points = position.flatten(0, 1)
         inside = ((points > -1) & (points < in_size)).all(dim=1)
         points, weights = points[inside] * in_stride, weights[inside]

@@ -38,27 +38,40 @@ def replace_convs(
         chooses = lambda name, conv: pattern.search(name)  # noqa: E731
     else:
         chooses = where
-    modules = dict(module.named_modules())
+    # A convolution that is used in two places has two names; it becomes one layer in both.
+    modules = dict(module.named_modules(remove_duplicate=False))
     own = {id(m.conv_offset) for m in modules.values() if isinstance(m, DeformConv2d)}
     chosen = {
         name: conv
         for name, conv in modules.items()
         if isinstance(conv, nn.Conv2d) and id(conv) not in own and conv.kernel_size != (1, 1) and chooses(name, conv)
     }
+    if "" in chosen:
+        raise ValueError("module must be a model that holds convolutions, got a convolution: use from_conv")
     if not chosen:
         raise ValueError(f"where must choose at least one convolution larger than 1x1 of the module, got {where!r}")
 
-    replaced = []
+    layers = {}
     for name, conv in chosen.items():
         if isinstance(conv, DeformConv2d):
             continue
-        if modulated:
-            layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
-        else:
-            layer = DeformConv2d.from_conv(conv, offset_groups=offset_groups)
-        layer.name = name
+        if id(conv) not in layers:
+            if modulated:
+                layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
+            else:
+                layer = DeformConv2d.from_conv(conv, offset_groups=offset_groups)
+            layer.name = name
+            layers[id(conv)] = layer
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layer)
+        setattr(modules[parent], child, layers[id(conv)])
         modules[parent].register_load_state_dict_pre_hook(accept_sibling_names)
-        replaced.append(name)
-    return replaced
+    _replace_in_lists(modules.values(), layers)
+    return [name for name, conv in chosen.items() if id(conv) in layers]
+
+
+def _replace_in_lists(modules, layers: dict[int, nn.Module]) -> None:
+    """Some modules run their children from plain lists of their own, as Detectron2's FPN does."""
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, list):
+                value[:] = [layers.get(id(item), item) for item in value]

@@ -16,7 +16,7 @@ def _rename(state_dict, other: str, own: str) -> None:
 
 
 def accept_sibling_names(parent: nn.Module, state_dict, prefix, *_) -> None:
-    """Load hook of a module with deformable layers: `<layer>_offset.*`, the sibling of Detectron2, becomes the layer's."""
+    """Load hook of a module with deformable layers: `<layer>_offset.*`, Detectron2's sibling, becomes the layer's."""
     for child, layer in parent.named_children():
         if isinstance(layer, DeformConv2d):
             _rename(state_dict, f"{prefix}{child}_offset.", f"{prefix}{child}.conv_offset.")
@@ -25,9 +25,9 @@ def accept_sibling_names(parent: nn.Module, state_dict, prefix, *_) -> None:
 class DeformConv2d(nn.Conv2d):
     """Deformable convolution (v1): a convolution of its own, `conv_offset`, predicts where each tap samples.
 
-    `conv_offset` has the kernel, stride, padding and dilation of the convolution it serves and starts at zero, so that a
-    new layer samples the regular grid. Checkpoints that call it `conv_offset_mask` load as they are; in a model converted
-    by replace_convs so do those where it is a sibling, `<layer>_offset` (Detectron2, older mmdetection).
+    `conv_offset` has the kernel, stride, padding and dilation of the convolution it serves and starts at zero, so that
+    a new layer samples the regular grid. Checkpoints that call it `conv_offset_mask` load as they are; in a model
+    converted by replace_convs so do those where it is a sibling, `<layer>_offset` (Detectron2, older mmdetection).
     """
 
     channels_per_tap = 2  # of conv_offset: dy, dx
@@ -55,8 +55,10 @@ class DeformConv2d(nn.Conv2d):
             activation: applied after norm.
 
         Raises:
-            ValueError: in_channels is not a multiple of offset_groups.
+            ValueError: in_channels is not a multiple of offset_groups, or padding is not given in numbers.
         """
+        if isinstance(padding, str):
+            raise ValueError(f"padding must be a number or a pair of numbers, got {padding!r}")
         if offset_groups < 1 or in_channels % offset_groups:
             raise ValueError(f"offset_groups must divide in_channels ({in_channels}), got {offset_groups}")
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias)
@@ -69,7 +71,7 @@ class DeformConv2d(nn.Conv2d):
         )
         nn.init.zeros_(self.conv_offset.weight)
         nn.init.zeros_(self.conv_offset.bias)
-        # Prefix of the layer's statistics in the event storage; replace_convs sets it to the layer's place in the model.
+        # Prefix of the layer's statistics in the event storage; replace_convs sets it to the layer's place.
         self.name = type(self).__name__
 
     @classmethod
@@ -77,8 +79,8 @@ class DeformConv2d(nn.Conv2d):
         """Makes a deformable layer that takes over an existing convolution.
 
         Args:
-            conv: its weight, bias, geometry, groups and, as in detectron2.layers.Conv2d, norm and activation are taken
-                over; they are the same objects afterwards, not copies.
+            conv: its weight, bias, geometry, groups and, as in detectron2.layers.Conv2d, norm and activation are
+                taken over; they are the same objects afterwards, not copies.
             kwargs: the layer's own arguments: offset_groups, mask_scale.
 
         Raises:
@@ -86,11 +88,8 @@ class DeformConv2d(nn.Conv2d):
         """
         if not isinstance(conv, nn.Conv2d) or isinstance(conv, DeformConv2d):
             raise ValueError(f"conv must be an nn.Conv2d that is not deformable yet, got {type(conv).__name__}")
-        if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
-            raise ValueError(
-                f"conv must pad with a given number of zeros, got padding={conv.padding!r}, "
-                f"padding_mode={conv.padding_mode!r}"
-            )
+        if conv.padding_mode != "zeros":
+            raise ValueError(f"conv must pad with zeros, got padding_mode={conv.padding_mode!r}")
         layer = cls(
             conv.in_channels,
             conv.out_channels,
@@ -106,7 +105,9 @@ class DeformConv2d(nn.Conv2d):
         )
         layer.weight, layer.bias = conv.weight, conv.bias
         layer.conv_offset.to(conv.weight)
-        return layer.train(conv.training)
+        # Not layer.train(): a norm that is frozen in evaluation mode stays so.
+        layer.training = layer.conv_offset.training = conv.training
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """Tensor[N, C, H, W] -> Tensor[N, O, Ho, Wo]"""

@@ -4,9 +4,11 @@ import functools
 import logging
 
 from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.modeling.backbone import ResNet, build_resnet_backbone
+from detectron2.modeling.backbone import Backbone, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
+from fvcore.nn.weight_init import c2_xavier_fill
+from torch import nn
 
 from ..layers import replace_convs
 
@@ -32,8 +34,8 @@ def deform_stages(resnet, cfg) -> None:
             continue
         if number <= freeze_at:
             raise ValueError(
-                f"MODEL.RESNETS.DEFORM_ON_PER_STAGE makes {stage} deformable, but MODEL.BACKBONE.FREEZE_AT = {freeze_at} "
-                f"freezes it; expected FREEZE_AT of at most {number - 1}"
+                f"MODEL.RESNETS.DEFORM_ON_PER_STAGE makes {stage} deformable, but MODEL.BACKBONE.FREEZE_AT = "
+                f"{freeze_at} freezes it; expected FREEZE_AT of at most {number - 1}"
             )
         if not hasattr(resnet, stage):
             raise ValueError(
@@ -69,28 +71,57 @@ def _deformable(build):
     return build_deformable
 
 
-def build_small_resnet_backbone(cfg, input_shape):
-    """A ResNet for images of 100 to 200 pixels, which Detectron2 has no config for: stride 4 at res2, 8 from res3 on.
+class ReducedC5(Backbone):
+    """A ResNet whose res5 is reduced by a 1x1 convolution: the paper's own detector, which uses no FPN."""
 
-    Basic blocks, one at res2 and two a stage after that. Reads MODEL.RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled
-    at res3 and at res4), NORM and OUT_FEATURES.
+    def __init__(self, bottom_up: ResNet, channels: int):
+        """
+        Args:
+            bottom_up: has res5 among its outputs.
+            channels: of the reduced res5; the paper's 256.
+        """
+        super().__init__()
+        shapes = bottom_up.output_shape()
+        self.bottom_up = bottom_up
+        self.reduce = nn.Conv2d(shapes["res5"].channels, channels, kernel_size=1)
+        c2_xavier_fill(self.reduce)
+        self._out_features = list(shapes)
+        self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
+        self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()} | {"res5": channels}
+
+    def forward(self, x):
+        """Tensor[N, 3, H, W] -> the features of bottom_up by name, res5 reduced."""
+        features = self.bottom_up(x)
+        features["res5"] = self.reduce(features["res5"])
+        return features
+
+
+def build_resnet_dc5_backbone(cfg, input_shape):
+    """Reads MODEL.DCNV2.DC5_CHANNELS; RESNETS.RES5_DILATION 2 keeps res5 at stride 16, as in the paper."""
+    return ReducedC5(build_resnet_backbone(cfg, input_shape), cfg.MODEL.DCNV2.DC5_CHANNELS)
+
+
+def build_small_resnet_dc5_backbone(cfg, input_shape):
+    """The same for images of 100 to 200 pixels, which Detectron2's ResNets are too coarse for.
+
+    Stride 4 at res2, 8 from res3 on; basic blocks, one at res2 and two a stage after that. Reads
+    MODEL.RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at res3 and at res4), NORM and OUT_FEATURES.
     """
     resnets = cfg.MODEL.RESNETS
-    norm, channels, width = resnets.NORM, resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
-    stem = BasicStem(input_shape.channels, channels, norm)
+    channels, width = resnets.STEM_OUT_CHANNELS, resnets.RES2_OUT_CHANNELS
+    stem = BasicStem(input_shape.channels, channels, resnets.NORM)
     stages = []
     for out_channels, strides in ((width, [1]), (2 * width, [2, 1]), (4 * width, [1, 1]), (4 * width, [1, 1])):
-        stages.append(
-            ResNet.make_stage(
-                BasicBlock, len(strides), stride_per_block=strides, in_channels=channels, out_channels=out_channels, norm=norm
-            )
-        )
+        shape = {"stride_per_block": strides, "in_channels": channels, "out_channels": out_channels}
+        stages.append(ResNet.make_stage(BasicBlock, len(strides), **shape, norm=resnets.NORM))
         channels = out_channels
-    return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    resnet = ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
+    return ReducedC5(resnet, cfg.MODEL.DCNV2.DC5_CHANNELS)
 
 
-build_dcnv2_small_resnet_backbone = BACKBONE_REGISTRY.register()(_deformable(build_small_resnet_backbone))
 build_dcnv2_resnet_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_backbone))
+build_dcnv2_resnet_dc5_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_dc5_backbone))
+build_dcnv2_small_resnet_dc5_backbone = BACKBONE_REGISTRY.register()(_deformable(build_small_resnet_dc5_backbone))
 build_dcnv2_resnet_fpn_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_fpn_backbone))
 # Detectron2's name for it, build_retinanet_resnet_fpn_backbone, gets the same prefix.
 build_dcnv2_retinanet_resnet_fpn_backbone = BACKBONE_REGISTRY.register()(

@@ -1,4 +1,4 @@
-"""Loads the compiled operators. Importing the package never fails for want of them: the first use does, with a reason."""
+"""Loads the compiled operators. Without them importing the package works; the first use raises, with the reason."""
 
 import importlib.util
 

@@ -28,6 +28,13 @@ def _register_autocast(name, run):
     _library.impl(name, for_device("cuda"), "AutocastCUDA")
 
 
+def _check_devices(name, input, **others):
+    """Kernels check their own tensors; a lone meta tensor, or one of another device while tracing, ends up here."""
+    for argument, tensor in others.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{name}: {argument} must be on the device of input ({input.device}), got {tensor.device}")
+
+
 def _refuse_double_backward(name):
     def backward(ctx, *grads):
         raise RuntimeError(f"{name} cannot be differentiated twice (double backward): its backward has no derivative")
@@ -40,6 +47,7 @@ def _refuse_double_backward(name):
 
 @torch.library.register_fake("dcnv2_d2::deform_conv2d")
 def _(input, offset, weight, bias, mask, stride, padding, dilation):
+    _check_devices("deform_conv2d", input, offset=offset, weight=weight, bias=bias, mask=mask)
     size = [
         (input.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
         for i in range(2)
@@ -74,9 +82,7 @@ def _deform_conv2d_backward(ctx, grad):
     return grad_input, grad_offset, grad_weight, grad_bias, grad_mask, None, None, None
 
 
-torch.library.register_autograd(
-    "dcnv2_d2::deform_conv2d", _deform_conv2d_backward, setup_context=_save_deform_conv2d
-)
+torch.library.register_autograd("dcnv2_d2::deform_conv2d", _deform_conv2d_backward, setup_context=_save_deform_conv2d)
 torch.library.register_autograd("dcnv2_d2::deform_conv2d_backward", _refuse_double_backward("deform_conv2d"))
 _register_autocast(
     "deform_conv2d",

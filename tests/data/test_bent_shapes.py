@@ -12,12 +12,11 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from PIL import Image
-from pycocotools.coco import COCO
-
 from dcnv2_d2.data import ensure_generated, generate, register_all
 from dcnv2_d2.data.bent_shapes import BODIES, SceneSpec, draw_scene
 from dcnv2_d2.data.generate import SPLITS
+from PIL import Image
+from pycocotools.coco import COCO
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # pycocotools with NumPy 2
 
