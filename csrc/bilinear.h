@@ -61,4 +61,24 @@ DCNV2_HOST_DEVICE BilinearSample<scalar_t, index_t> sample_zero_padded(
       x - scalar_t(x_low)};
 }
 
+// The rule of RoIAlign: false, for nothing to add, at y < -1 or y > height (or x); otherwise the position is clamped into
+// the map. In a clamped direction the two neighbours coincide, which makes the derivative zero there. NaN and infinite
+// positions are outside.
+template <typename scalar_t, typename index_t>
+DCNV2_HOST_DEVICE bool sample_clamped(
+    scalar_t y, scalar_t x, index_t height, index_t width, BilinearSample<scalar_t, index_t>& sample) {
+  if (!(y >= -1 && y <= scalar_t(height) && x >= -1 && x <= scalar_t(width))) return false;
+  const index_t y_low = y <= 0 ? 0 : y >= scalar_t(height - 1) ? height - 1 : static_cast<index_t>(y);
+  const index_t x_low = x <= 0 ? 0 : x >= scalar_t(width - 1) ? width - 1 : static_cast<index_t>(x);
+  const index_t down = y > 0 && y_low < height - 1 ? width : 0, right = x > 0 && x_low < width - 1 ? 1 : 0;
+  const index_t first = y_low * width + x_low;
+  sample.index[0] = first;
+  sample.index[1] = first + right;
+  sample.index[2] = first + down;
+  sample.index[3] = first + down + right;
+  sample.ly = down ? y - scalar_t(y_low) : scalar_t(0);
+  sample.lx = right ? x - scalar_t(x_low) : scalar_t(0);
+  return true;
+}
+
 }  // namespace dcnv2

@@ -2,11 +2,11 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <c10/util/Exception.h>
-
 #include <cstdint>
 #include <limits>
 #include <optional>
+
+#include "checks.h"
 
 namespace dcnv2 {
 
@@ -21,50 +21,32 @@ struct DeformConvShape {
   int64_t out_pixels() const { return out_height * out_width; }
 };
 
-inline void check_floating(const at::Tensor& t, const char* name) {
-  TORCH_CHECK_TYPE(
-      t.is_floating_point(), "deform_conv2d: ", name, " must have a floating-point dtype, got ", t.scalar_type());
-}
-
-inline void check_same_device(const at::Tensor& t, const at::Tensor& input, const char* name) {
-  TORCH_CHECK_VALUE(
-      t.device() == input.device(), "deform_conv2d: ", name, " must be on the device of input (", input.device(),
-      "), got ", t.device());
-}
-
-inline void check_sizes(const at::Tensor& t, at::IntArrayRef expected, const char* name, const char* meaning) {
-  TORCH_CHECK_VALUE(
-      t.sizes() == expected, "deform_conv2d: ", name, " must have the shape ", expected, " (", meaning, "), got ",
-      t.sizes());
-}
-
 // Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.
 inline DeformConvShape check_deform_conv(
     const at::Tensor& input, const at::Tensor& offset, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& mask, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
-  check_floating(input, "input");
-  check_floating(offset, "offset");
-  check_same_device(offset, input, "offset");
-  check_same_device(weight, input, "weight");
-  TORCH_CHECK_TYPE(
-      weight.scalar_type() == input.scalar_type(), "deform_conv2d: weight must have the dtype of input (",
-      input.scalar_type(), "), got ", weight.scalar_type());
-  TORCH_CHECK_VALUE(input.dim() == 4, "deform_conv2d: input must have the shape [N, C, H, W], got ", input.sizes());
+  constexpr const char* op = "deform_conv2d";
+  check_floating(op, input, "input");
+  check_floating(op, offset, "offset");
+  check_same_device(op, offset, input, "offset");
+  check_same_device(op, weight, input, "weight");
+  check_same_dtype(op, weight, input, "weight");
+  TORCH_CHECK_VALUE(input.dim() == 4, op, ": input must have the shape [N, C, H, W], got ", input.sizes());
   TORCH_CHECK_VALUE(
       input.size(2) * input.size(3) < std::numeric_limits<int32_t>::max(),
-      "deform_conv2d: input must have fewer than 2**31 pixels an image, got ", input.sizes());
+      op, ": input must have fewer than 2**31 pixels an image, got ", input.sizes());
   TORCH_CHECK_VALUE(
       weight.dim() == 4 && weight.numel() > 0,
-      "deform_conv2d: weight must have the shape [O, C / groups, kh, kw], none of them 0, got ", weight.sizes());
+      op, ": weight must have the shape [O, C / groups, kh, kw], none of them 0, got ", weight.sizes());
   TORCH_CHECK_VALUE(
-      stride.size() == 2 && stride[0] > 0 && stride[1] > 0, "deform_conv2d: stride must be two numbers above 0, got ",
+      stride.size() == 2 && stride[0] > 0 && stride[1] > 0, op, ": stride must be two numbers above 0, got ",
       stride);
   TORCH_CHECK_VALUE(
       padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
-      "deform_conv2d: padding must be two numbers not below 0, got ", padding);
+      op, ": padding must be two numbers not below 0, got ", padding);
   TORCH_CHECK_VALUE(
       dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0,
-      "deform_conv2d: dilation must be two numbers above 0, got ", dilation);
+      op, ": dilation must be two numbers above 0, got ", dilation);
 
   DeformConvShape s;
   s.batch = input.size(0), s.in_channels = input.size(1), s.in_height = input.size(2), s.in_width = input.size(3);
@@ -73,17 +55,17 @@ inline DeformConvShape check_deform_conv(
   s.dilation_h = dilation[0], s.dilation_w = dilation[1];
 
   TORCH_CHECK_VALUE(
-      s.in_channels > 0 && s.in_channels % weight.size(1) == 0, "deform_conv2d: input must have a multiple of weight's ",
+      s.in_channels > 0 && s.in_channels % weight.size(1) == 0, op, ": input must have a multiple of weight's ",
       weight.size(1), " channels (C / groups), got ", s.in_channels);
   s.groups = s.in_channels / weight.size(1);
   TORCH_CHECK_VALUE(
-      s.out_channels % s.groups == 0, "deform_conv2d: weight must have a multiple of ", s.groups,
+      s.out_channels % s.groups == 0, op, ": weight must have a multiple of ", s.groups,
       " output channels (groups), got ", s.out_channels);
 
   const int64_t free_h = s.in_height + 2 * s.pad_h - s.dilation_h * (s.kernel_h - 1) - 1;
   const int64_t free_w = s.in_width + 2 * s.pad_w - s.dilation_w * (s.kernel_w - 1) - 1;
   TORCH_CHECK_VALUE(
-      s.in_height > 0 && s.in_width > 0 && free_h >= 0 && free_w >= 0, "deform_conv2d: input of ", s.in_height, " x ",
+      s.in_height > 0 && s.in_width > 0 && free_h >= 0 && free_w >= 0, op, ": input of ", s.in_height, " x ",
       s.in_width, " with padding ", padding, " must be at least as large as the dilated kernel, got a kernel of ",
       s.kernel_h, " x ", s.kernel_w, " with dilation ", dilation);
   s.out_height = free_h / s.stride_h + 1;
@@ -91,29 +73,27 @@ inline DeformConvShape check_deform_conv(
 
   TORCH_CHECK_VALUE(
       offset.dim() == 4 && offset.size(1) > 0 && offset.size(1) % (2 * s.taps()) == 0,
-      "deform_conv2d: offset must have the shape [N, 2 * offset_groups * kh * kw, Ho, Wo], a multiple of ",
+      op, ": offset must have the shape [N, 2 * offset_groups * kh * kw, Ho, Wo], a multiple of ",
       2 * s.taps(), " channels, got ", offset.sizes());
   s.offset_groups = offset.size(1) / (2 * s.taps());
   TORCH_CHECK_VALUE(
-      s.in_channels % s.offset_groups == 0, "deform_conv2d: offset must have channels for a number of offset groups that "
+      s.in_channels % s.offset_groups == 0, op, ": offset must have channels for a number of offset groups that "
       "divides the ", s.in_channels, " channels of input, got ", offset.size(1), " channels, which make ",
       s.offset_groups, " offset groups");
   check_sizes(
-      offset, {s.batch, 2 * s.offset_groups * s.taps(), s.out_height, s.out_width}, "offset",
+      op, offset, {s.batch, 2 * s.offset_groups * s.taps(), s.out_height, s.out_width}, "offset",
       "[N, 2 * offset_groups * kh * kw, Ho, Wo]");
   if (mask.has_value()) {
-    check_floating(*mask, "mask");
-    check_same_device(*mask, input, "mask");
+    check_floating(op, *mask, "mask");
+    check_same_device(op, *mask, input, "mask");
     check_sizes(
-        *mask, {s.batch, s.offset_groups * s.taps(), s.out_height, s.out_width}, "mask",
+        op, *mask, {s.batch, s.offset_groups * s.taps(), s.out_height, s.out_width}, "mask",
         "[N, offset_groups * kh * kw, Ho, Wo]");
   }
   if (bias.has_value()) {
-    check_same_device(*bias, input, "bias");
-    TORCH_CHECK_TYPE(
-        bias->scalar_type() == input.scalar_type(), "deform_conv2d: bias must have the dtype of input (",
-        input.scalar_type(), "), got ", bias->scalar_type());
-    check_sizes(*bias, {s.out_channels}, "bias", "[O]");
+    check_same_device(op, *bias, input, "bias");
+    check_same_dtype(op, *bias, input, "bias");
+    check_sizes(op, *bias, {s.out_channels}, "bias", "[O]");
   }
   return s;
 }

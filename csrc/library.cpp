@@ -1,5 +1,5 @@
 // Every operator's schema, once. Shapes: N images, C channels, H x W map, O output channels, kh x kw kernel, G offset groups,
-// Ho x Wo output.
+// Ho x Wo output, K boxes, Ph x Pw bins.
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -44,4 +44,15 @@ TORCH_LIBRARY(dcnv2_d2, m) {
   m.def(
       "deform_conv2d_backward(Tensor grad, Tensor input, Tensor offset, Tensor weight, Tensor? mask, "
       "int[2] stride, int[2] padding, int[2] dilation, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)");
+
+  // input [N, C, H, W], boxes [K, 5] (batch index, x1, y1, x2, y2), offset [K, 2, Ph, Pw], mask [K, 1, Ph, Pw]
+  // -> [K, C, Ph, Pw]
+  m.def(
+      "deform_roi_pool(Tensor input, Tensor boxes, Tensor? offset, Tensor? mask, int[2] output_size, "
+      "float spatial_scale, int sampling_ratio, float gamma) -> Tensor");
+  // grad [K, C, Ph, Pw] -> gradients of input, offset, mask; of those not `wanted`, an empty tensor
+  m.def(
+      "deform_roi_pool_backward(Tensor grad, Tensor input, Tensor boxes, Tensor? offset, Tensor? mask, "
+      "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool[3] wanted) "
+      "-> (Tensor, Tensor, Tensor)");
 }

@@ -1,6 +1,6 @@
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train_net.py
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_net.py
 
 import pytest
 import torch

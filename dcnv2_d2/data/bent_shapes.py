@@ -11,7 +11,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
-GENERATOR_VERSION = 1  # to be raised with any change to a picture: it is in the path of what is stored
+GENERATOR_VERSION = 2  # to be raised with any change to a picture: it is in the path of what is stored
 SCENE_SIZE = 192
 MAX_HIDDEN = 0.25  # of an object's mask, by everything in front of it together
 _SUPERSAMPLING = 2
@@ -22,10 +22,21 @@ _ARC = (1 - np.cos(np.pi * np.linspace(0, 1, 16))) / 2
 
 @dataclass(frozen=True)
 class SceneSpec:
-    """What a scene holds. `objects` is the least and the greatest number of bodies, `image_size` is in pixels."""
+    """What a scene holds.
+
+    Attributes:
+        classes: names of BODIES.
+        objects, clutter: the least and the greatest number of bodies, and of pieces behind them.
+        smallest: least extent of a body, in scene pixels.
+        muted: background and clutter in greys, so that colour alone tells bodies from the rest.
+        image_size: in pixels.
+    """
 
     classes: tuple[str, ...]
     objects: tuple[int, int]
+    clutter: tuple[int, int] = (4, 8)
+    smallest: float = 28
+    muted: bool = False
     image_size: int = 128
 
 
@@ -42,16 +53,19 @@ def draw_scene(seed: int, index: int, spec: SceneSpec) -> tuple[np.ndarray, list
     size, scale = spec.image_size, spec.image_size / SCENE_SIZE
     mean_color = rng.uniform(50, 205, 3)
     canvas = mean_color + rng.uniform(10, 30) * _noise(rng, size, 3)
+    if spec.muted:
+        mean_color = np.full(3, mean_color.mean())
+        canvas[:] = canvas.mean(2, keepdims=True)
     canvas = canvas.repeat(_SUPERSAMPLING, 0).repeat(_SUPERSAMPLING, 1)
 
-    for _ in range(rng.integers(4, 9)):
-        _paint(canvas, [_clutter(rng, rng.uniform(12, 60) * scale, size)], rng.uniform(20, 235, (1, 3)), rng)
+    for _ in range(rng.integers(spec.clutter[0], spec.clutter[1] + 1)):
+        _paint(canvas, [_clutter(rng, rng.uniform(12, 60) * scale, size)], _clutter_color(rng, spec), rng)
 
     masks, annotations = [], []
     for _ in range(rng.integers(spec.objects[0], spec.objects[1] + 1)):
         category = int(rng.integers(len(spec.classes)))
         for _ in range(_MAX_TRIES):
-            extent = 28 * 5 ** rng.uniform() * scale  # log-uniform, 28 to 140 scene pixels
+            extent = spec.smallest * (140 / spec.smallest) ** rng.uniform() * scale  # log-uniform, to 140 scene pixels
             parts = _pose(rng, BODIES[spec.classes[category]](rng), extent, size)
             mask = _rasterize(parts, size).any(0)
             if not _hides_too_much(mask, masks):
@@ -61,14 +75,14 @@ def draw_scene(seed: int, index: int, spec: SceneSpec) -> tuple[np.ndarray, list
         masks.append(mask)
         annotations.append(_annotation(parts, mask, category + 1))
         shade = rng.uniform(0.8, 1.2, (len(parts), 1))
-        _paint(canvas, parts, np.clip(_color_unlike(rng, mean_color) * shade, 0, 255), rng)
+        _paint(canvas, parts, np.clip(_color_unlike(rng, mean_color, spec.muted) * shade, 0, 255), rng)
 
     for _ in range(rng.integers(0, 3)):
         piece = [_clutter(rng, rng.uniform(10, 24) * scale, size)]
         mask = _rasterize(piece, size)[0]
         if not _hides_too_much(mask, masks):
             masks.append(mask)
-            _paint(canvas, piece, rng.uniform(20, 235, (1, 3)), rng)
+            _paint(canvas, piece, _clutter_color(rng, spec), rng)
 
     image = canvas.reshape(size, _SUPERSAMPLING, size, _SUPERSAMPLING, 3).mean(1).mean(2)
     image += rng.normal(0, rng.uniform(3, 8), image.shape)
@@ -197,11 +211,16 @@ def _paint(canvas: np.ndarray, parts: list[np.ndarray], colors: np.ndarray, rng:
         canvas[rows, columns] = color + offset @ rng.uniform(-60, 60, (2, 1)) / size
 
 
-def _color_unlike(rng: np.random.Generator, color: np.ndarray) -> np.ndarray:
+def _color_unlike(rng: np.random.Generator, color: np.ndarray, vivid: bool) -> np.ndarray:
     while True:
         candidate = rng.uniform(10, 245, 3)
-        if np.linalg.norm(candidate - color) > 90:
+        if np.linalg.norm(candidate - color) > 90 and (not vivid or np.ptp(candidate) > 120):
             return candidate
+
+
+def _clutter_color(rng: np.random.Generator, spec: SceneSpec) -> np.ndarray:
+    color = rng.uniform(20, 235, (1, 3))
+    return np.full((1, 3), color.mean()) if spec.muted else color
 
 
 def _noise(rng: np.random.Generator, size: int, channels: int) -> np.ndarray:

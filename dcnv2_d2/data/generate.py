@@ -26,7 +26,7 @@ class Split:
 
 
 _BODIES = tuple(BODIES)
-_EASY = SceneSpec(classes=_BODIES[:3], objects=(4, 5))
+_EASY = SceneSpec(classes=_BODIES[:3], objects=(2, 4), clutter=(2, 4), smallest=45, muted=True)
 _ABLATION = SceneSpec(classes=_BODIES[:4], objects=(3, 3))
 _HARD = SceneSpec(classes=_BODIES, objects=(4, 5))
 

@@ -1,5 +1,6 @@
 """The operators as functions of tensors; registered with PyTorch as torch.ops.dcnv2_d2.*."""
 
 from .deform_conv import deform_conv2d
+from .deform_roi_pool import deform_roi_pool
 
-__all__ = ["deform_conv2d"]
+__all__ = ["deform_conv2d", "deform_roi_pool"]

@@ -4,7 +4,7 @@ import pytest
 import torch
 from dcnv2_d2 import add_dcnv2_config
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
-from dcnv2_d2.modeling.backbone import build_small_resnet_backbone
+from dcnv2_d2.modeling.backbone import build_resnet_dc5_backbone, build_small_resnet_dc5_backbone
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
@@ -14,7 +14,7 @@ STAGES = ["res2", "res3", "res4", "res5"]
 C5, C4_C5, C3_C5 = ([stage >= first for stage in range(2, 6)] for first in (5, 4, 3))
 RESNET, FPN = "build_dcnv2_resnet_backbone", "build_dcnv2_resnet_fpn_backbone"
 RETINANET = "build_dcnv2_retinanet_resnet_fpn_backbone"
-SMALL = "build_dcnv2_small_resnet_backbone"
+DC5, SMALL = "build_dcnv2_resnet_dc5_backbone", "build_dcnv2_small_resnet_dc5_backbone"
 R18 = {"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64}
 R50 = {"RESNETS.DEPTH": 50}
 R50_IN_3X3 = {"RESNETS.DEPTH": 50, "RESNETS.STRIDE_IN_1X1": False, "RESNETS.RES5_DILATION": 2}
@@ -42,7 +42,7 @@ def build(*args, **changes):
 
 def build_plain(name=RESNET, **changes):
     cfg = make_cfg(name, [False] * 4, **changes)
-    builders = {SMALL: build_small_resnet_backbone}
+    builders = {SMALL: build_small_resnet_dc5_backbone, DC5: build_resnet_dc5_backbone}
     builder = builders.get(name) or BACKBONE_REGISTRY.get(name.replace("dcnv2_", ""))
     return builder(cfg, ShapeSpec(channels=3))
 
@@ -51,15 +51,24 @@ def layers(model, kind=DeformConv2d):
     return {name: m for name, m in model.named_modules() if isinstance(m, kind)}
 
 
-@pytest.mark.parametrize("name", [RESNET, FPN, RETINANET, SMALL])
+@pytest.mark.parametrize("name", [RESNET, FPN, RETINANET, DC5, SMALL])
 def test_registered(name):
     assert BACKBONE_REGISTRY.get(name).__name__ == name
 
 
 @pytest.mark.parametrize(
     "name, changes",
-    [(RESNET, R18), (RESNET, R50), (RESNET, R50_IN_3X3), (RESNET, X50), (FPN, R18), (RETINANET, R18), (SMALL, TINY)],
-    ids=["R18", "R50", "R50-dilated", "X50", "FPN", "RetinaNet", "small"],
+    [
+        (RESNET, R18),
+        (RESNET, R50),
+        (RESNET, R50_IN_3X3),
+        (RESNET, X50),
+        (FPN, R18),
+        (RETINANET, R18),
+        (DC5, R50_IN_3X3),
+        (SMALL, TINY),
+    ],
+    ids=["R18", "R50", "R50-dilated", "X50", "FPN", "RetinaNet", "DC5", "small"],
 )
 def test_conversion_changes_nothing_but_adds_offsets(name, changes):
     plain = build_plain(name, **changes)
@@ -182,10 +191,20 @@ def test_pyramid(name, in_features, levels):
     assert {k: s.stride for k, s in model.output_shape().items()} == {f"p{i}": 2**i for i in levels}
 
 
-def test_small_resnet():
-    model = build(SMALL, **TINY, **{"BACKBONE.FREEZE_AT": 0})
+def test_dc5_keeps_stride_16_and_reduces_res5():
+    model = build(DC5, **R50_IN_3X3, **{"RESNETS.OUT_FEATURES": ["res4", "res5"]})
     out = model(torch.randn(1, 3, 64, 96))
-    shapes = {"res2": (1, 8, 16, 24), "res3": (1, 16, 8, 12), "res4": (1, 32, 8, 12), "res5": (1, 32, 8, 12)}
+    assert {k: tuple(v.shape) for k, v in out.items()} == {"res4": (1, 1024, 4, 6), "res5": (1, 256, 4, 6)}
+    assert {k: (s.channels, s.stride) for k, s in model.output_shape().items()} == {
+        "res4": (1024, 16),
+        "res5": (256, 16),
+    }
+
+
+def test_small_resnet():
+    model = build(SMALL, **TINY, **{"BACKBONE.FREEZE_AT": 0, "DCNV2.DC5_CHANNELS": 6})
+    out = model(torch.randn(1, 3, 64, 96))
+    shapes = {"res2": (1, 8, 16, 24), "res3": (1, 16, 8, 12), "res4": (1, 32, 8, 12), "res5": (1, 6, 8, 12)}
     assert {k: tuple(v.shape) for k, v in out.items()} == shapes
     assert {k: (s.channels, s.stride) for k, s in model.output_shape().items()} == {
         k: (shape[1], 64 // shape[2]) for k, shape in shapes.items()
