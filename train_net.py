@@ -5,8 +5,8 @@ import logging
 import os
 from pathlib import Path
 
-# Before torch loads OpenMP: its threads spin so long while they wait that training takes several times longer as soon as
-# another process wants the same cores. This many spins, some microseconds, cost nothing on a quiet machine.
+# Before torch loads OpenMP: its threads spin so long while they wait that training takes several times longer as soon
+# as another process wants the same cores. This many spins, some microseconds, cost nothing on a quiet machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import dcnv2_d2  # before Detectron2: it makes old releases importable

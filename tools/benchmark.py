@@ -7,12 +7,13 @@ python tools/benchmark.py --threads 2 --repeats 15
 import argparse
 import math
 import platform
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -139,6 +140,11 @@ def time_table(args, dtype, backward):
     print(f"| geometric mean | | | | {' | '.join(means)} |", flush=True)
 
 
+def peak_memory():
+    """Bytes of resident memory that this process ever had; getrusage would count the parent's in."""
+    return 1024 * int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+
+
 def extra_memory(contestant, index, backward, threads):
     """Bytes by which one call, run in a process of its own, raises the peak of resident memory, less its results."""
     torch.set_num_threads(threads)
@@ -149,11 +155,11 @@ def extra_memory(contestant, index, backward, threads):
     results = math.prod(row.out_size) * row.channels * (2 if backward else 1)  # with the gradient of the output
     if backward:
         results += sum(v.numel() for v in inputs.values())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory()
     output = CONTESTANTS[contestant](row, **inputs)
     if backward:
         output.backward(torch.ones_like(output))
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) - 4 * results
+    return peak_memory() - before - 4 * results
 
 
 def memory_table(args):

@@ -26,10 +26,10 @@ def deform_roi_pool(
     Without offset and mask it is torchvision.ops.roi_align(aligned=True), and mmcv's deform_roi_pool without a mask.
 
     Convention: a bin moves by gamma times the size of the RoI times its offset, x first. For gamma 0.1 and an RoI of
-    80 x 40 pixels of the map, offset[k, 0] = 1 moves the bin 8 pixels to the right, offset[k, 1] = 1 moves it 4 down. This
-    is the opposite order of deform_conv2d, as in every published implementation. The number of samples of a bin is fixed:
-    those that fall outside the map count as 0. The derivative by the offset is the true one: 0 for a sample outside, and
-    in a direction in which it was clamped at the border.
+    80 x 40 pixels of the map, offset[k, 0] = 1 moves the bin 8 pixels to the right, offset[k, 1] = 1 moves it 4 down.
+    This is the opposite order of deform_conv2d, as in every published implementation. The number of samples of a bin is
+    fixed: those that fall outside the map count as 0. The derivative by the offset is the true one: 0 for a sample
+    outside, and in a direction in which it was clamped at the border.
 
     Coordinates and sums are in float32 (float64 for a float64 input), and the result is rounded once. On the CPU equal
     inputs give equal bits at a given number of threads. Derivatives are of the first order only; boxes have none.
