@@ -3,6 +3,8 @@
 Also here: random inputs for the tests, and the comparison that all of them use.
 """
 
+import inspect
+
 import torch
 from torch.nn.modules.utils import _pair
 
@@ -127,3 +129,9 @@ def assert_all_near(actual, expected, tolerance):
     assert actual.keys() == expected.keys()
     for name in expected:
         assert_near(actual[name], expected[name], tolerance, name)
+
+
+def opcheck(op, arguments, tolerance):
+    """torch.library.opcheck; before torch 2.7 it takes no tolerances."""
+    accepted = inspect.signature(torch.library.opcheck).parameters
+    torch.library.opcheck(op, arguments, **{k: tolerance for k in ("rtol", "atol") if k in accepted})
