@@ -76,7 +76,7 @@ def test_trains_and_evaluates(trained):
         assert all(0 <= metrics[name] <= 100 for name in ("AP", "AP50", "AP75"))
     assert "Starting training from iteration 0" in process.stdout
     state = checkpoint(folder)
-    assert state["iteration"] == 2 and "backbone.res3.0.conv1.conv_offset.weight" in state["model"]
+    assert state["iteration"] == 2 and "backbone.bottom_up.res3.0.conv1.conv_offset.weight" in state["model"]
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -129,7 +129,7 @@ def test_resume_continues(trained, resumed):
     before, after = checkpoint(trained[0]), checkpoint(folder)
     assert (before["iteration"], after["iteration"]) == (2, 4)
     # Two iterations of the warm-up: far less than the distance to other initial weights.
-    name = "backbone.res3.0.conv1.weight"
+    name = "backbone.bottom_up.res3.0.conv1.weight"
     old, new = before["model"][name], after["model"][name]
     assert 0 < (new - old).norm() < 0.2 * old.norm()
 
