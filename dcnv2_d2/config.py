@@ -10,12 +10,19 @@ from detectron2.config import CfgNode
 def add_dcnv2_config(cfg: CfgNode) -> None:
     """Adds every key of this package, with its default, to a Detectron2 config."""
     cfg.MODEL.DCNV2 = CfgNode()
-    # Largest modulation of a sample (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained network's
+    # Largest modulation of a sample or bin (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained network's
     # function unchanged at the start.
     cfg.MODEL.DCNV2.MASK_SCALE = 1.0
     # Learning rate of the layers that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
     cfg.MODEL.DCNV2.OFFSET_LR_FACTOR = 0.1
     # Channels of conv5 after its 1x1 reduction, in the *_dc5_backbone builders (section 4.1: 256).
     cfg.MODEL.DCNV2.DC5_CHANNELS = 256
+    # Deformable RoI pooling, v1 and modulated: widths of the hidden layers of the branch that predicts offsets (v1 has
+    # none; v2, section 3.2, two of 1024), whether one branch serves all FPN levels, and the unit of an offset in RoI
+    # sizes (gamma of v1's section 2.2).
+    cfg.MODEL.DCNV2.DPOOL_FC_DIMS = []
+    cfg.MODEL.DCNV2.MDPOOL_FC_DIMS = [1024, 1024]
+    cfg.MODEL.DCNV2.POOL_SHARED = False
+    cfg.MODEL.DCNV2.POOL_GAMMA = 0.1
     # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"

@@ -2,5 +2,6 @@
 
 from .convert import replace_convs
 from .deform_conv import DeformConv2d, ModulatedDeformConv2d
+from .deform_roi_pool import DeformRoIPool, ModulatedDeformRoIPool
 
-__all__ = ["DeformConv2d", "ModulatedDeformConv2d", "replace_convs"]
+__all__ = ["DeformConv2d", "DeformRoIPool", "ModulatedDeformConv2d", "ModulatedDeformRoIPool", "replace_convs"]

@@ -113,7 +113,7 @@ class DeformConv2d(nn.Conv2d):
         """Tensor[N, C, H, W] -> Tensor[N, O, Ho, Wo]"""
         offset, mask = self.predict(x)
         if self.training and not torch.compiler.is_compiling():
-            record_statistics(self.name, offset, mask, x.shape[-2:])
+            record_statistics(self.name, offset, mask, limit=min(x.shape[-2:]) / 4, unit="pixels of its input map")
         x = deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
         if self.norm is not None:
             x = self.norm(x)

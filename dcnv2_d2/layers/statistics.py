@@ -9,15 +9,16 @@ PERIOD = 20  # iterations: Detectron2's own writers run as often, and reading a 
 
 
 @torch.no_grad()
-def record_statistics(name: str, offset: Tensor, mask: Tensor | None, size: tuple[int, int]) -> None:
-    """Writes `<name>/offset_mean`, `offset_max` (of the absolute value, in input pixels) and `mask_mean`.
+def record_statistics(name: str, offset: Tensor, mask: Tensor | None, limit: float, unit: str) -> None:
+    """Writes `<name>/offset_mean`, `offset_max` (of the absolute value) and `mask_mean`.
 
-    Does nothing outside a Detectron2 training loop. Warns when the mean offset passes a quarter of the input map, the
-    sign of a diverging layer.
+    Does nothing outside a Detectron2 training loop. Warns when the mean offset passes the limit, the sign of a
+    diverging layer.
 
     Args:
-        offset (Tensor[N, 2*G*K, Ho, Wo]), mask (Tensor[N, G*K, Ho, Wo]): what the layer predicted.
-        size: height and width of the layer's input.
+        offset, mask: what the layer predicted, of any shape; the offset in the given unit.
+        limit: a mean offset that no sane layer has.
+        unit: of the offset, in the plural, for the warning.
     """
     storage = _event_storage()
     if storage is None or storage.iter % PERIOD or offset.numel() == 0:
@@ -28,11 +29,11 @@ def record_statistics(name: str, offset: Tensor, mask: Tensor | None, size: tupl
     storage.put_scalar(f"{name}/offset_max", distance.max().item(), smoothing_hint=False)
     if mask is not None:
         storage.put_scalar(f"{name}/mask_mean", mask.detach().float().mean().item(), smoothing_hint=False)
-    if not mean <= min(size) / 4:
+    if not mean <= limit:
         logging.getLogger(__name__).warning(
-            "%s: the mean offset is %.1f pixels on a map of %d x %d; training diverges. "
+            "%s: the mean offset is %.1f %s, above %.1f; training diverges. "
             "Lower MODEL.DCNV2.OFFSET_LR_FACTOR or the learning rate, or clip gradients.",
-            name, mean, *size,
+            name, mean, unit, limit,
         )  # fmt: skip
 
 

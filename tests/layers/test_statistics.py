@@ -86,4 +86,4 @@ def test_runaway_offsets(offset, warns, cls, caplog):
     assert len(caplog.records) == warns
     for record in caplog.records:
         message = record.getMessage()
-        assert "res3.0.conv2" in message and "32 x 40" in message and "MODEL.DCNV2.OFFSET_LR_FACTOR" in message
+        assert "res3.0.conv2" in message and "above 8.0" in message and "MODEL.DCNV2.OFFSET_LR_FACTOR" in message

@@ -1,0 +1,146 @@
+"""Deformable RoI pooling that predicts its own offsets (Deformable ConvNets v2, section 3.2)."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
+
+from ..ops import deform_roi_pool
+from .statistics import record_statistics
+
+
+class DeformRoIPool(nn.Module):
+    """Deformable RoI pooling (v1): a branch of its own predicts from the plainly pooled features where each bin samples.
+
+    The branch ends at zero, so that a new layer is roi_align(aligned=True). A layer may borrow the branch of another
+    one instead, as a 14x14 mask pooler does from the 7x7 box pooler: each bin that the lender predicts then serves the
+    bins that cover it, 2x2 of them, and the borrower has no parameters.
+    """
+
+    channels_per_bin = 2  # of the branch: x of all bins, then y
+
+    def __init__(
+        self,
+        in_channels: int,
+        output_size: int | tuple[int, int],
+        spatial_scale: float = 1.0,
+        sampling_ratio: int = 2,
+        *,
+        gamma: float = 0.1,
+        hidden_dims: Sequence[int] = (),
+        lender: "DeformRoIPool | None" = None,
+    ):
+        """
+        Args:
+            in_channels: channels of the map.
+            output_size, spatial_scale, sampling_ratio, gamma: see dcnv2_d2.ops.deform_roi_pool.
+            hidden_dims: widths of the hidden fully connected layers of the branch, each followed by a ReLU; v1 has none.
+            lender: the layer whose branch is used; it stays the lender's and is not registered here.
+
+        Raises:
+            ValueError: the lender is of another type or has other in_channels.
+        """
+        super().__init__()
+        self.in_channels = in_channels
+        self.output_size = _pair(output_size)
+        self.spatial_scale = spatial_scale
+        self.sampling_ratio = sampling_ratio
+        self.gamma = gamma
+        # In a tuple, which hides it from nn.Module: every parameter has one name.
+        self._lender = (lender,)
+        if lender is None:
+            bins = self.output_size[0] * self.output_size[1]
+            self.branch = _build_branch(in_channels * bins, hidden_dims, self.channels_per_bin * bins)
+        elif type(lender) is not type(self) or lender.in_channels != in_channels:
+            raise ValueError(
+                f"lender must be a {type(self).__name__} of {in_channels} channels, "
+                f"got a {type(lender).__name__} of {getattr(lender, 'in_channels', 'no')} channels"
+            )
+        # Prefix of the layer's statistics in the event storage.
+        self.name = type(self).__name__
+
+    def forward(self, x: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+        """Tensor[N, C, H, W] and boxes as deform_roi_pool takes them -> Tensor[K, C, Ph, Pw] of the map's dtype"""
+        offset, mask = self.predict(x, boxes)
+        if self.training and not torch.compiler.is_compiling():
+            # The mean offset moves a bin by the RoI's whole size.
+            record_statistics(self.name, self.gamma * offset, mask, limit=1.0, unit="RoI sizes")
+        # Autocast gives a half type, Detectron2's ROIPooler wants the map's.
+        return self._pool(x, boxes, offset, self.output_size, mask).to(x.dtype)
+
+    def predict(self, x: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """The offset and the mask of deform_roi_pool for a map and boxes; a v1 layer has no mask."""
+        return self._predict(x, boxes), None
+
+    @property
+    def branch_owner(self) -> "DeformRoIPool":
+        """The layer whose branch predicts: this one or, at the end of a chain of lenders, another."""
+        lender = self._lender[0]
+        return self if lender is None else lender.branch_owner
+
+    def _predict(self, x, boxes):
+        """Tensor[K, channels_per_bin, Ph, Pw]"""
+        if x.dim() != 4 or x.shape[1] != self.in_channels:
+            raise ValueError(f"x must be a map [N, {self.in_channels}, H, W], got {list(x.shape)}")
+        owner = self.branch_owner
+        pooled = self._pool(x, boxes, None, owner.output_size)
+        prediction = owner.branch(pooled.flatten(1)).unflatten(1, (self.channels_per_bin, *owner.output_size))
+        if owner.output_size != self.output_size:
+            prediction = F.interpolate(prediction, self.output_size)  # the nearest bin
+        return prediction
+
+    def _pool(self, x, boxes, offset, output_size, mask=None):
+        return deform_roi_pool(x, boxes, offset, output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask)
+
+    def extra_repr(self) -> str:
+        borrowed = "" if self._lender[0] is None else ", borrowed branch"
+        return (
+            f"{self.in_channels}, output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
+            f"sampling_ratio={self.sampling_ratio}, gamma={self.gamma}{borrowed}"
+        )
+
+
+class ModulatedDeformRoIPool(DeformRoIPool):
+    """Modulated deformable RoI pooling (v2, Eq. 2): the branch also predicts an amplitude for each bin.
+
+    The mask is mask_scale * sigmoid(logit). It starts at half of mask_scale: 0.5 with the paper's 1.0; with 2.0 a new
+    layer is roi_align(aligned=True). For 7x7 bins of 256 channels the branch has 14,046,355 parameters.
+    """
+
+    channels_per_bin = 3  # x of all bins, then y, then the mask logits
+
+    def __init__(self, *args, hidden_dims: Sequence[int] = (1024, 1024), mask_scale: float = 1.0, **kwargs):
+        """Takes the arguments of DeformRoIPool, with the paper's two hidden layers of 1024, and:
+
+        Args:
+            mask_scale: the largest modulation.
+
+        Raises:
+            ValueError: mask_scale is not above 0.
+        """
+        if not mask_scale > 0:
+            raise ValueError(f"mask_scale must be above 0, got {mask_scale}")
+        super().__init__(*args, hidden_dims=hidden_dims, **kwargs)
+        self.mask_scale = mask_scale
+
+    def predict(self, x: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        offset, logits = self._predict(x, boxes).tensor_split([2], dim=1)
+        return offset, self.mask_scale * logits.sigmoid()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + f", mask_scale={self.mask_scale}"
+
+
+def _build_branch(inputs: int, hidden_dims: Sequence[int], outputs: int) -> nn.Sequential:
+    layers = []
+    for dim in hidden_dims:
+        layers += [nn.Linear(inputs, dim), nn.ReLU()]
+        nn.init.normal_(layers[-2].weight, std=0.01)
+        nn.init.zeros_(layers[-2].bias)
+        inputs = dim
+    layers.append(nn.Linear(inputs, outputs))
+    nn.init.zeros_(layers[-1].weight)
+    nn.init.zeros_(layers[-1].bias)
+    return nn.Sequential(*layers)
