@@ -10,8 +10,8 @@ from detectron2.config import CfgNode
 def add_dcnv2_config(cfg: CfgNode) -> None:
     """Adds every key of this package, with its default, to a Detectron2 config."""
     cfg.MODEL.DCNV2 = CfgNode()
-    # Largest modulation of a sample or bin (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained network's
-    # function unchanged at the start.
+    # Largest modulation of a sample or bin (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained
+    # network's function unchanged at the start.
     cfg.MODEL.DCNV2.MASK_SCALE = 1.0
     # Learning rate of the layers that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
     cfg.MODEL.DCNV2.OFFSET_LR_FACTOR = 0.1

@@ -12,7 +12,7 @@ from .statistics import record_statistics
 
 
 class DeformRoIPool(nn.Module):
-    """Deformable RoI pooling (v1): a branch of its own predicts from the plainly pooled features where each bin samples.
+    """Deformable RoI pooling (v1): its branch predicts from the plainly pooled features where each bin samples.
 
     The branch ends at zero, so that a new layer is roi_align(aligned=True). A layer may borrow the branch of another
     one instead, as a 14x14 mask pooler does from the 7x7 box pooler: each bin that the lender predicts then serves the
@@ -36,7 +36,7 @@ class DeformRoIPool(nn.Module):
         Args:
             in_channels: channels of the map.
             output_size, spatial_scale, sampling_ratio, gamma: see dcnv2_d2.ops.deform_roi_pool.
-            hidden_dims: widths of the hidden fully connected layers of the branch, each followed by a ReLU; v1 has none.
+            hidden_dims: widths of the hidden fully connected layers of the branch, with a ReLU each; v1 has none.
             lender: the layer whose branch is used; it stays the lender's and is not registered here.
 
         Raises:
