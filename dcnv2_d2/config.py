@@ -24,5 +24,20 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.MODEL.DCNV2.MDPOOL_FC_DIMS = [1024, 1024]
     cfg.MODEL.DCNV2.POOL_SHARED = False
     cfg.MODEL.DCNV2.POOL_GAMMA = 0.1
+    # R-CNN feature mimicking (section 3.3), for MODEL.META_ARCHITECTURE MimickingRCNN
+    cfg.MODEL.MIMIC = CfgNode()
+    # Which RoIs are in Omega: fg (the paper's choice), bg or both (Table 3), and how many of an image at most (32).
+    cfg.MODEL.MIMIC.REGIONS = "fg"
+    cfg.MODEL.MIMIC.NUM_ROIS = 32
+    # Side of the crop of an RoI in pixels (224).
+    cfg.MODEL.MIMIC.CROP_SIZE = 224
+    # Weights of L_mimic (Eq. 3) and of the cross-entropy of the R-CNN branch (both 0.1).
+    cfg.MODEL.MIMIC.LOSS_WEIGHT = 0.1
+    cfg.MODEL.MIMIC.CLS_LOSS_WEIGHT = 0.1
+    # sum (Eq. 3) or mean of L_mimic over the RoIs of an image.
+    cfg.MODEL.MIMIC.REDUCTION = "sum"
+    # For less memory: crops in one pass through the network (0: all), and whether backward computes them again.
+    cfg.MODEL.MIMIC.CHUNK = 0
+    cfg.MODEL.MIMIC.CHECKPOINTING = False
     # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"

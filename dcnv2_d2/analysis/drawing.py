@@ -1,6 +1,7 @@
 """Figures, drawn with Detectron2's Visualizer and matplotlib without a display."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +85,15 @@ def draw_curves(path: Path, metrics_file: Path) -> None:
 
     groups = {
         "loss": lambda name: "loss" in name,
+        "mimicking, mean cosine of foreground RoIs": lambda name: name == "mimic/cosine_fg",
         "average precision": lambda name: name.rsplit("/", 1)[-1] in ("AP", "AP50"),
-        "mean |offset|, input pixels": lambda name: name.endswith("/offset_mean"),
+        "mean |offset|, input pixels": lambda name: name.endswith("/offset_mean") and "pooler" not in name,
+        "mean |offset|, RoI sizes": lambda name: name.endswith("/offset_mean") and "pooler" in name,
         "mean modulation": lambda name: name.endswith("/mask_mean"),
     }
-    chosen = {title: sorted(filter(test, series)) for title, test in groups.items()}
+    of_crops = re.compile("mimic/.*/")  # the layers' statistics of the crops that mimicking makes
+    names = [name for name in series if not of_crops.match(name)]
+    chosen = {title: sorted(filter(test, names)) for title, test in groups.items()}
     chosen = {title: names for title, names in chosen.items() if names}
     figure, axes = _panels(1, max(len(chosen), 1))
     figure.set_size_inches(4.5 * max(len(chosen), 1), 4)

@@ -1,8 +1,9 @@
-"""ROI heads of Detectron2 with deformable poolers, chosen by POOLER_TYPE."""
+"""ROI heads of Detectron2 with deformable poolers, chosen by POOLER_TYPE, and with feature mimicking."""
 
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 
+from .mimicking import Mimicking
 from .poolers import LAYERS, deform_pooler
 
 
@@ -64,3 +65,13 @@ class DCNv2ROIHeads(DeformPoolers, StandardROIHeads):
 @ROI_HEADS_REGISTRY.register()
 class DCNv2CascadeROIHeads(DeformPoolers, CascadeROIHeads):
     """Detectron2's CascadeROIHeads; POOLER_TYPE may also be DeformRoIPool or ModulatedDeformRoIPool."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class MimickingROIHeads(Mimicking, DCNv2ROIHeads):
+    """DCNv2ROIHeads with R-CNN feature mimicking in training; for the meta architecture MimickingRCNN."""
+
+
+@ROI_HEADS_REGISTRY.register()
+class MimickingCascadeROIHeads(Mimicking, DCNv2CascadeROIHeads):
+    """DCNv2CascadeROIHeads with R-CNN feature mimicking of the first stage; for the meta architecture MimickingRCNN."""
