@@ -3,7 +3,6 @@
 
 import logging
 import os
-from pathlib import Path
 
 # Before torch loads OpenMP: its threads spin so long while they wait that training takes several times longer as soon
 # as another process wants the same cores. This many spins, some microseconds, cost nothing on a quiet machine.
@@ -11,57 +10,16 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
-from dcnv2_d2 import compat
 from dcnv2_d2.analysis.report import write_report
-from dcnv2_d2.solver import build_optimizer
+from dcnv2_d2.engine import Trainer, launch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
-from detectron2.data import MetadataCatalog
-from detectron2.engine import DefaultTrainer, default_argument_parser, default_setup, launch
-from detectron2.evaluation import (
-    COCOEvaluator,
-    COCOPanopticEvaluator,
-    DatasetEvaluators,
-    SemSegEvaluator,
-    verify_results,
-)
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 logger = logging.getLogger("dcnv2_d2.train_net")
-
-
-class Trainer(DefaultTrainer):
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
-        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
-        evaluators = []
-        if kind in ("sem_seg", "coco_panoptic_seg"):
-            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
-        if kind in ("coco", "coco_panoptic_seg"):
-            fast = compat.has_fast_coco_eval()
-            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=fast))
-        if kind == "coco_panoptic_seg":
-            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
-        if not evaluators:
-            raise ValueError(
-                f"DATASETS.TEST: {dataset_name} must have the evaluator_type coco, sem_seg or coco_panoptic_seg, "
-                f"got {kind!r}"
-            )
-        return DatasetEvaluators(evaluators)
-
-    @classmethod
-    def build_optimizer(cls, cfg, model):
-        return build_optimizer(cfg, model)
-
-    # Detectron2 0.6 leaves the optimizer's state out of its checkpoints (detectron2 #4110); main does the same as here.
-    def state_dict(self):
-        return super().state_dict() | {"_trainer": self._trainer.state_dict()}
-
-    def load_state_dict(self, state_dict):
-        super().load_state_dict(state_dict)
-        self._trainer.load_state_dict(state_dict["_trainer"])
 
 
 def setup(args):
@@ -101,12 +59,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    args = default_argument_parser().parse_args()
-    launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    launch(main, default_argument_parser().parse_args())

@@ -31,6 +31,38 @@ def has_fast_coco_eval():
     return has_compiled_part()
 
 
+def create_local_process_group(size):
+    """Tells Detectron2 which processes are on this machine, `size` of them on each; after init_process_group."""
+    from detectron2.utils import comm
+
+    if hasattr(comm, "create_local_process_group"):
+        comm.create_local_process_group(size)
+        return
+    import torch.distributed as dist
+
+    # 0.6 does this in its own launch only. All processes must create all groups.
+    groups = [dist.new_group(range(i, i + size)) for i in range(0, dist.get_world_size(), size)]
+    comm._LOCAL_PROCESS_GROUP = groups[dist.get_rank() // size]
+
+
+def distribute_on_cpu():
+    """Makes Detectron2's trainers wrap models for several processes that have no GPU."""
+    from functools import partial
+
+    from detectron2.engine import defaults
+
+    defaults.create_ddp_model = partial(defaults.create_ddp_model, device_ids=None)
+
+
+def replace_data_loader(trainer, data_loader):
+    """Gives a SimpleTrainer of Detectron2 another data loader before its first step."""
+    if hasattr(trainer, "reset_data_loader"):
+        trainer.reset_data_loader(lambda: data_loader)
+    else:
+        trainer.data_loader = data_loader
+        trainer._data_loader_iter = iter(data_loader)
+
+
 def prepare():
     """Makes Detectron2 importable beside current NumPy and Pillow; call before the first import from it.
 

@@ -1,0 +1,273 @@
+"""Training that can be killed: Detectron2's DefaultTrainer, resumed exactly, with checkpoints that survive and errors
+that name what went wrong; and its launch, also under torch's own launcher."""
+
+import functools
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data.build import _train_loader_from_config
+from detectron2.engine import DefaultTrainer, HookBase
+from detectron2.engine import launch as detectron2_launch
+from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch import nn
+from torch.utils.data import Sampler
+
+from . import compat
+from .solver import build_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer(DefaultTrainer):
+    """Detectron2's DefaultTrainer with this package's optimizer and the evaluators of COCO-format data.
+
+    With a SEED a run that is killed and resumed ends as one that was not: the random numbers of an iteration depend on
+    SEED and the iteration alone, and the resumed run goes on where the stream of images was left. With data loading in
+    other processes (DATALOADER.NUM_WORKERS above 0) that holds but for the random numbers of augmentation.
+    """
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
+        kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
+        evaluators = []
+        if kind in ("sem_seg", "coco_panoptic_seg"):
+            evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
+        if kind in ("coco", "coco_panoptic_seg"):
+            fast = compat.has_fast_coco_eval()
+            evaluators.append(COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=fast))
+        if kind == "coco_panoptic_seg":
+            evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
+        if not evaluators:
+            raise ValueError(
+                f"DATASETS.TEST: {dataset_name} must have the evaluator_type coco, sem_seg or coco_panoptic_seg, "
+                f"got {kind!r}"
+            )
+        return DatasetEvaluators(evaluators)
+
+    @classmethod
+    def build_optimizer(cls, cfg, model):
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_train_loader(cls, cfg, start_iter=0):
+        """Detectron2's loader, without the batches before start_iter."""
+        if cfg.SEED >= 0:
+            seed_all_rng(cfg.SEED + comm.get_rank())  # Detectron2 0.6 seeds the sampler from NumPy's state
+        options = _train_loader_from_config(cfg)
+        if start_iter:
+            wide = None
+            if options["aspect_ratio_grouping"]:
+                wide = [record["width"] > record["height"] for record in options["dataset"]]
+            batch = options["total_batch_size"] // comm.get_world_size()
+            options["sampler"] = ResumedSampler(options["sampler"], start_iter, batch, wide)
+        return build_detection_train_loader(**options)
+
+    def build_hooks(self):
+        self.checkpointer = Checkpointer(self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        hooks = super().build_hooks()
+        return [SeedEachStep(self.cfg.SEED), *hooks] if self.cfg.SEED >= 0 else hooks
+
+    def resume_or_load(self, resume=True):
+        super().resume_or_load(resume)
+        if self.start_iter:
+            compat.replace_data_loader(self._trainer, self.build_train_loader(self.cfg, self.start_iter))
+
+    def run_step(self):
+        batch = []
+        remember = self._trainer.model.register_forward_pre_hook(lambda module, args: batch.extend(args[0]))
+        try:
+            super().run_step()
+        except FloatingPointError as e:
+            raise FloatingPointError(f"{e}\n{explain_divergence(self._trainer.model, batch)}") from None
+        finally:
+            remember.remove()
+
+    # Detectron2 0.6 leaves the optimizer's state out of its checkpoints (detectron2 #4110); main does the same as here.
+    def state_dict(self):
+        return super().state_dict() | {"_trainer": self._trainer.state_dict()}
+
+    def load_state_dict(self, state_dict):
+        super().load_state_dict(state_dict)
+        self._trainer.load_state_dict(state_dict["_trainer"])
+
+
+class SeedEachStep(HookBase):
+    """Makes the random numbers of an iteration depend on nothing but the seed, the process and the iteration."""
+
+    def __init__(self, seed: int):
+        self.seed = seed
+
+    def before_train(self):
+        # Once more between data and model: a loader's first batch takes a number more from PyTorch than the others.
+        self.trainer._trainer.model.register_forward_pre_hook(lambda *_: self.before_step())
+
+    def before_step(self):
+        numbers = np.random.SeedSequence([self.seed, comm.get_rank(), self.trainer.iter])
+        seed_all_rng(int(numbers.generate_state(1)[0]) >> 1)
+
+
+class ResumedSampler(Sampler):
+    """The stream of indices of another sampler from where a number of batches have been made of it."""
+
+    def __init__(self, sampler: Sampler, batches: int, batch_size: int, wide: list[bool] | None):
+        """
+        Args:
+            sampler: endless, and the same on each iteration.
+            batches, batch_size: how many are to be left out, and how many images of this process each has.
+            wide: for Detectron2's grouping by aspect ratio, whether an image is wider than high; None: no grouping.
+        """
+        self.sampler = sampler
+        self.batches = batches
+        self.batch_size = batch_size
+        self.wide = wide
+
+    def __iter__(self) -> Iterator[int]:
+        stream = iter(self.sampler)
+        waiting = ([], [])  # for their batch to be complete, by group
+        left = self.batches
+        while left:
+            index = next(stream)
+            group = waiting[self.wide is not None and self.wide[index]]
+            group.append(index)
+            if len(group) == self.batch_size:
+                group.clear()
+                left -= 1
+        for group in waiting:
+            yield from group
+        yield from stream
+
+
+class UnreadableCheckpoint(Exception):
+    pass
+
+
+class Checkpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer; a checkpoint exists wholly or not at all, and an unreadable one gives way to the last
+    one that can be read."""
+
+    UNFINISHED = ".unfinished.pth"
+
+    def save(self, name, **kwargs):
+        try:
+            super().save(name + self.UNFINISHED.removesuffix(".pth"), **kwargs)
+        except Exception:
+            if self.save_dir and self.save_to_disk:
+                Path(self.save_dir, name + self.UNFINISHED).unlink(missing_ok=True)
+            raise
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        """save calls this when the file is whole."""
+        name = last_filename_basename.removesuffix(self.UNFINISHED) + ".pth"
+        os.replace(os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, name))
+        super().tag_last_checkpoint(name)
+
+    def resume_or_load(self, path, *, resume=True):
+        if not resume or not self.has_checkpoint():
+            return super().resume_or_load(path, resume=resume)
+        last = self.get_checkpoint_file()
+        others = [file for file in self.get_all_checkpoint_files() if not file.endswith(self.UNFINISHED)]
+        for file in [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]:
+            try:
+                if not self.path_manager.isfile(file):
+                    raise UnreadableCheckpoint(f"checkpoint {file} does not exist")
+                return self.load(file)
+            except UnreadableCheckpoint as e:
+                logger.warning("%s; trying the one before it.", e)
+        raise RuntimeError(
+            f"none of the checkpoints in {self.save_dir} can be read; start again without --resume, or put a good "
+            f"checkpoint there and its name into {os.path.join(self.save_dir, 'last_checkpoint')}"
+        )
+
+    def _load_file(self, filename):
+        try:
+            return super()._load_file(filename)
+        except Exception as e:
+            raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
+
+
+@torch.no_grad()
+def explain_divergence(model: nn.Module, batch: list[dict]) -> str:
+    """Sentences that say which parameter, layer and image made a loss infinite or NaN.
+
+    Args:
+        model: a Detectron2 model in training mode, inside an event storage.
+        batch: the model's input.
+    """
+    names = [str(record.get("file_name", record.get("image_id", "unknown"))) for record in batch]
+    broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if broken:
+        return (
+            f"Parameters that are not finite: {', '.join(broken[:3])} ({len(broken)} in all), so an earlier step "
+            f"diverged: lower the learning rate or clip gradients. Images of this step: {', '.join(names)}."
+        )
+    if isinstance(model, nn.parallel.DistributedDataParallel):  # A second pass would wait for the other processes.
+        return f"Images of this step on this process: {', '.join(names)}."
+    for record, name in zip(batch, names, strict=True):
+        layers = []
+        hooks = [
+            module.register_forward_hook(functools.partial(_note_if_not_finite, layers, path))
+            for path, module in model.named_modules()
+        ]
+        try:
+            model([record])
+        except FloatingPointError:  # by Detectron2's RPN, after the layer that is to blame
+            pass
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if layers:
+            return f"First layer with an output that is not finite: {layers[0]}, on the image {name}."
+    return f"No single image of this step repeats it: {', '.join(names)}."
+
+
+def _note_if_not_finite(layers: list[str], path: str, module, inputs, output) -> None:
+    if not _finite(output):
+        layers.append(path or type(module).__name__)
+
+
+def _finite(output) -> bool:
+    if isinstance(output, torch.Tensor):
+        return not output.is_floating_point() or bool(output.isfinite().all())
+    if isinstance(output, dict):
+        output = list(output.values())
+    return all(map(_finite, output)) if isinstance(output, (list, tuple)) else True
+
+
+def launch(main: Callable, args) -> None:
+    """Runs main(args) in the processes that Detectron2's arguments ask for or, under torchrun, in this one.
+
+    Detectron2 starts processes for GPUs only. Under torchrun, --num-gpus, --num-machines, --machine-rank and --dist-url
+    do not count; without a GPU the processes train on the CPU, over gloo.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        detectron2_launch(
+            main,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(args,),
+        )
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    else:
+        compat.distribute_on_cpu()
+    dist.init_process_group("nccl" if cuda else "gloo")
+    compat.create_local_process_group(int(os.environ["LOCAL_WORLD_SIZE"]))
+    try:
+        main(args)
+    finally:
+        dist.destroy_process_group()

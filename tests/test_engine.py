@@ -1,0 +1,255 @@
+"""Runs that are killed, resumed, spread over processes, or that diverge."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from dcnv2_d2.engine import Checkpointer, ResumedSampler, UnreadableCheckpoint, explain_divergence
+from detectron2.data.common import AspectRatioGroupedDataset
+from detectron2.data.samplers import TrainingSampler
+from detectron2.utils.events import EventStorage
+from torch import nn
+
+ROOT = Path(__file__).parents[1]
+QUICK_START = ROOT / "configs" / "quick_start"
+SMALL = [
+    *("DATASETS.TRAIN", "('bent_shapes_tiny_train',)", "DATASETS.TEST", "('bent_shapes_tiny_val',)"),
+    *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "7"),
+]
+
+
+def start(folder, data, *opts, config="mask_rcnn_small_mdconv_c3-c5_mdpool_mimic", launcher=(), flags=()):
+    """Starts train_net.py with its output in `folder` and its data sets in `data`."""
+    return subprocess.Popen(
+        [
+            *(sys.executable, *launcher, "train_net.py", *flags),
+            *("--config-file", str(QUICK_START / f"{config}.yaml"), *SMALL, *opts, "OUTPUT_DIR", str(folder)),
+        ],
+        cwd=ROOT,
+        env={**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process):
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def weights(path):
+    return torch.load(path, map_location="cpu")["model"]
+
+
+def assert_same_weights(a, b):
+    assert a.keys() == b.keys()
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return tmp_path_factory.mktemp("datasets")
+
+
+def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data):
+    """Kills between the first checkpoint and the end, at a moment that the file system decides."""
+    steps = ("SOLVER.MAX_ITER", "8")
+    whole = start(tmp_path / "whole", data, *steps)
+    finish(whole)
+    killed = start(tmp_path / "killed", data, *steps)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "killed" / "last_checkpoint").is_file():
+        assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()
+        time.sleep(0.01)
+    time.sleep(random.random())
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    output = finish(start(tmp_path / "killed", data, *steps, flags=["--resume"]))
+    assert "Starting training from iteration 0" not in output
+    assert_same_weights(
+        weights(tmp_path / "whole" / "model_final.pth"), weights(tmp_path / "killed" / "model_final.pth")
+    )
+
+
+@pytest.mark.parametrize("processes", [2])
+def test_processes_agree(tmp_path, data, processes):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    script = tmp_path / "check.py"
+    script.write_text(CHECK_RANKS)
+    output = subprocess.run(
+        [sys.executable, *launcher, script, QUICK_START / "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic.yaml", *SMALL]
+        + ["SOLVER.MAX_ITER", "10", "OUTPUT_DIR", tmp_path / "run"],
+        cwd=ROOT,
+        env={**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert output.returncode == 0, output.stdout + output.stderr
+    assert output.stdout.count("ranks agree") == processes
+
+
+CHECK_RANKS = """
+import sys
+import train_net  # before torch
+import torch
+from detectron2.engine import default_argument_parser
+from detectron2.utils import comm
+from dcnv2_d2.engine import Trainer, launch
+
+def main(args):
+    trainer = Trainer(train_net.setup(args))
+    trainer.resume_or_load(False)
+    trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
+    trainer.train()
+    assert isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel)
+    own = [p.detach() for p in trainer.model.parameters()]
+    everyone = comm.all_gather(own)
+    assert all(torch.equal(a, b) for other in everyone for a, b in zip(own, other))
+    print("ranks agree", flush=True)
+
+launch(main, default_argument_parser().parse_args(["--config-file", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("wide", [None, [i % 3 == 0 for i in range(11)]], ids=["ungrouped", "grouped"])
+@pytest.mark.parametrize("batches", [1, 4, 9])
+def test_resumed_sampler(batches, wide):
+    """Detectron2's own grouping, of the whole stream and of the resumed one."""
+
+    def stream(sampler):
+        if wide is None:
+            indices = iter(sampler)
+            return iter(lambda: list(itertools.islice(indices, 3)), [])
+        records = ({"width": 2 + wide[i], "height": 2, "index": i} for i in sampler)
+        return ([record["index"] for record in batch] for batch in AspectRatioGroupedDataset(records, 3))
+
+    whole = list(itertools.islice(stream(TrainingSampler(11, seed=3)), 20))
+    resumed = stream(ResumedSampler(TrainingSampler(11, seed=3), batches, 3, wide))
+    assert list(itertools.islice(resumed, 20 - batches)) == whole[batches:]
+
+
+class Counter:
+    """Something with a state, to be saved beside the model."""
+
+    def __init__(self):
+        self.value = 0
+
+    def state_dict(self):
+        return {"value": self.value}
+
+    def load_state_dict(self, state):
+        self.value = state["value"]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A folder with three checkpoints of a model whose weight and counter are their number."""
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(tmp_path), counter=Counter())
+    for number in range(3):
+        nn.init.constant_(checkpointer.model.weight, number)
+        checkpointer.checkpointables["counter"].value = number
+        checkpointer.save(f"model_{number}")
+        os.utime(tmp_path / f"model_{number}.pth", (number, number))
+    return tmp_path
+
+
+def resume(folder):
+    checkpointer = Checkpointer(nn.Linear(1, 1), str(folder), counter=Counter())
+    checkpointer.resume_or_load("", resume=True)
+    weight, counter = checkpointer.model.weight.item(), checkpointer.checkpointables["counter"].value
+    assert weight == counter
+    return counter
+
+
+def test_resume_takes_the_last(saved):
+    assert resume(saved) == 2
+    assert sorted(p.name for p in saved.iterdir()) == ["last_checkpoint", *(f"model_{i}.pth" for i in range(3))]
+
+
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "missing"])
+def test_resume_passes_over_an_unreadable_checkpoint(saved, damage, caplog):
+    last = saved / "model_2.pth"
+    content = last.read_bytes()
+    last.write_bytes({"truncate": content[: len(content) // 2], "garbage": b"\x80" * 99}.get(damage, b""))
+    if damage == "missing":
+        last.unlink()
+    assert resume(saved) == 1
+    assert "model_2.pth" in caplog.text and "trying the one before it" in caplog.text
+
+
+def test_resume_without_a_readable_checkpoint_says_what_to_do(saved):
+    for path in saved.glob("*.pth"):
+        path.write_bytes(b"")
+    with pytest.raises(RuntimeError, match="none of the checkpoints in .* can be read; start again without --resume"):
+        resume(saved)
+
+
+def test_weights_that_are_asked_for_and_unreadable_are_an_error(saved):
+    (saved / "model_1.pth").write_bytes(b"")
+    with pytest.raises(UnreadableCheckpoint, match=r"model_1\.pth is not readable"):
+        Checkpointer(nn.Linear(1, 1)).load(str(saved / "model_1.pth"))
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(saved, monkeypatch):
+    def full(data, file, *args, **kwargs):
+        file.write(b"half of it")
+        raise OSError(28, "No space left on device")
+
+    before = (saved / "model_2.pth").read_bytes()
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        Checkpointer(nn.Linear(1, 1), str(saved), counter=Counter()).save("model_2")
+    assert (saved / "model_2.pth").read_bytes() == before
+    assert not list(saved.glob("*unfinished*"))
+    assert resume(saved) == 2
+
+
+class Diverging(nn.Module):
+    """Takes Detectron2's inputs; an image of nines turns infinite in the second layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(1, 1)
+        self.second = nn.Linear(1, 1)
+        nn.init.ones_(self.first.weight)
+        self.second.weight.data.fill_(1e38)
+
+    def forward(self, batch):
+        x = torch.stack([record["image"] for record in batch])
+        return {"loss": self.second(self.first(x)).sum()}
+
+
+def test_divergence_names_layer_and_image():
+    batch = [{"file_name": f"{i}.jpg", "image": torch.tensor([float(i)])} for i in (1, 9)]
+    with EventStorage():
+        text = explain_divergence(Diverging(), batch)
+    assert "second" in text and "9.jpg" in text and "1.jpg" not in text
+
+
+def test_divergence_names_broken_parameters():
+    model = Diverging()
+    model.first.bias.data.fill_(float("nan"))
+    with EventStorage():
+        text = explain_divergence(model, [{"file_name": "1.jpg", "image": torch.ones(1)}])
+    assert "first.bias" in text and "1.jpg" in text and "clip" in text
+
+
+def test_a_diverging_run_stops_with_names(tmp_path, data):
+    process = start(
+        tmp_path, data, "SOLVER.MAX_ITER", "50", "SOLVER.BASE_LR", "1e30", "SOLVER.CLIP_GRADIENTS.ENABLED", "False"
+    )
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode != 0
+    error = output[output.index("FloatingPointError") :]
+    assert "First layer with an output that is not finite: backbone" in error and ".jpg" in error
