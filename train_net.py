@@ -11,6 +11,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
 from dcnv2_d2.analysis.report import write_report
+from dcnv2_d2.config import check_config
 from dcnv2_d2.engine import Trainer, launch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
@@ -33,6 +34,7 @@ def setup(args):
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logging.warning("SOLVER.AMP.ENABLED needs a GPU in Detectron2's trainer: training in float32.")
         cfg.SOLVER.AMP.ENABLED = False
+    check_config(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dcnv2_d2")

@@ -5,6 +5,13 @@ DEFORM_MODULATED and DEFORM_NUM_GROUPS.
 """
 
 from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
+from detectron2.modeling.meta_arch import GeneralizedRCNN
+
+from . import compat
+from .modeling.mimicking import Mimicking
+from .modeling.poolers import LAYERS as POOLER_LAYERS
+from .modeling.roi_heads import DeformPoolers
 
 
 def add_dcnv2_config(cfg: CfgNode) -> None:
@@ -41,3 +48,34 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MIMIC.CHECKPOINTING = False
     # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def check_config(cfg: CfgNode) -> None:
+    """Finds combinations of keys that Detectron2 would only trip over later, or never mention.
+
+    Raises:
+        ValueError: names the key, what it must be and what it is.
+    """
+    model = cfg.MODEL
+    builder = BACKBONE_REGISTRY.get(model.BACKBONE.NAME)
+    detectron2s = builder.__module__.startswith("detectron2.") and not builder.__name__.startswith("build_dcnv2_")
+    if any(model.RESNETS.DEFORM_ON_PER_STAGE) and detectron2s and not compat.has_compiled_part():
+        raise ValueError(
+            "MODEL.BACKBONE.NAME must be one of the build_dcnv2_* builders for MODEL.RESNETS.DEFORM_ON_PER_STAGE, as "
+            f"this Detectron2 has no compiled part, got {model.BACKBONE.NAME}"
+        )
+    if not issubclass(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE), GeneralizedRCNN):
+        return
+    heads = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
+    for head, on in (("BOX", True), ("MASK", model.MASK_ON), ("KEYPOINT", model.KEYPOINT_ON)):
+        kind = model[f"ROI_{head}_HEAD"].POOLER_TYPE
+        if on and kind in POOLER_LAYERS and not issubclass(heads, DeformPoolers):
+            raise ValueError(
+                f"MODEL.ROI_HEADS.NAME must be DCNv2ROIHeads or another of dcnv2_d2's for MODEL.ROI_{head}_HEAD."
+                f"POOLER_TYPE {kind}, got {model.ROI_HEADS.NAME}"
+            )
+    if issubclass(heads, Mimicking) and model.META_ARCHITECTURE == "GeneralizedRCNN":
+        raise ValueError(
+            f"MODEL.META_ARCHITECTURE must be MimickingRCNN for MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME}, "
+            f"got {model.META_ARCHITECTURE}"
+        )
