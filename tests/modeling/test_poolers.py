@@ -26,10 +26,9 @@ def plain(output_size=7, strides=STRIDES, kind="ROIAlignV2", sampling_ratio=2):
 
 def make(cls, *args, shared=False, lender=None, mask_scale=2.0, **kwargs):
     """A deformable pooler, in float64."""
+    own = {"hidden_dims": ()}
     if cls is ModulatedDeformRoIPool:
         own = {"hidden_dims": (5, 4), "mask_scale": mask_scale}
-    else:
-        own = {"hidden_dims": ()}
     pooler = plain(*args, **kwargs)
     assert deform_pooler(pooler, cls, CHANNELS, shared=shared, lender=lender, gamma=GAMMA, **own) is None
     return pooler.double()
