@@ -87,9 +87,9 @@ def targets(counts=(2, 1)):
     return found
 
 
-def train(heads, x, boxes=None, truth=None, seed=5):
-    """The losses; equal seeds choose equal proposals."""
-    torch.manual_seed(seed)
+def train(heads, x, boxes=None, truth=None):
+    """The losses; every call has the same proposals and chooses the same ones for the heads."""
+    torch.manual_seed(5)
     return heads.train()(None, x, copy.deepcopy(boxes or proposals()), truth or targets())[1]
 
 
@@ -342,8 +342,8 @@ class Detector(nn.Module):
         self.backbone = backbone
         self.roi_heads = build_roi_heads(cfg, backbone.output_shape())
 
-    def losses(self, image, seed):
-        return train(self.roi_heads, self.backbone(image), seed=seed)
+    def losses(self, image):
+        return train(self.roi_heads, self.backbone(image))
 
 
 @pytest.mark.parametrize("kind, heads", [(V1, CASCADE), (V2, STANDARD)])
@@ -368,16 +368,15 @@ def test_without_learning_offsets_a_deformable_model_is_the_regular_model(kind, 
     image = torch.randn(2, 3, 64, 96).double()
     optimizers = {model: build_optimizer(cfg, model) for model in (ours, regular)}
     first = None
-    for step in range(2):
-        torch.manual_seed(step)
-        losses, expected = (model.losses(image, step) for model in (ours, regular))
+    for _ in range(2):
+        losses, expected = (model.losses(image) for model in (ours, regular))
         assert_equal_losses(losses, expected, 1e-9)
         first = first or expected
         for (model, optimizer), total in zip(optimizers.items(), (losses, expected), strict=True):
             model.zero_grad()
             sum(total.values()).backward()
             optimizer.step()
-    assert any(not torch.isclose(expected[name], first[name], 1e-3) for name in first)  # it has learned
+    assert not any(torch.isclose(expected[name], first[name], 1e-7) for name in first)  # it has learned
     state = ours.state_dict()
     for name, value in regular.state_dict().items():
         assert_near(state[name], value, 1e-9, name)
