@@ -12,8 +12,7 @@ import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
 from dcnv2_d2.analysis.report import write_report
 from dcnv2_d2.config import check_config
-from dcnv2_d2.engine import Trainer, launch
-from detectron2.checkpoint import DetectionCheckpointer
+from dcnv2_d2.engine import Checkpointer, Trainer, launch
 from detectron2.config import get_cfg
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
@@ -45,7 +44,7 @@ def main(args):
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
-        DetectionCheckpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
         if comm.is_main_process():
             verify_results(cfg, results)

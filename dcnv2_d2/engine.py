@@ -189,8 +189,13 @@ class Checkpointer(DetectionCheckpointer):
             f"checkpoint there and its name into {os.path.join(self.save_dir, 'last_checkpoint')}"
         )
 
+    def load(self, path, *args, **kwargs):
+        if path and path.endswith(".pkl") and not path.startswith("detectron2://"):
+            logger.warning("%s is a pickle, which can run code while it is read: use it only if you trust it.", path)
+        return super().load(path, *args, **kwargs)
+
     def _load_file(self, filename):
-        try:
+        try:  # PyTorch reads .pth files with weights_only, which runs no code.
             return super()._load_file(filename)
         except Exception as e:
             raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e

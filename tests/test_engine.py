@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import pickle
 import random
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from dcnv2_d2.engine import Checkpointer, ResumedSampler, UnreadableCheckpoint, explain_divergence
@@ -199,6 +201,28 @@ def test_weights_that_are_asked_for_and_unreadable_are_an_error(saved):
     (saved / "model_1.pth").write_bytes(b"")
     with pytest.raises(UnreadableCheckpoint, match=r"model_1\.pth is not readable"):
         Checkpointer(nn.Linear(1, 1)).load(str(saved / "model_1.pth"))
+
+
+class Malicious:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["TRAP"],)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRAP", str(tmp_path / "trap"))
+    torch.save({"model": {}, "extra": Malicious()}, tmp_path / "model.pth")
+    with pytest.raises(UnreadableCheckpoint):
+        Checkpointer(nn.Linear(1, 1)).load(str(tmp_path / "model.pth"))
+    assert not (tmp_path / "trap").exists()
+
+
+def test_a_pickle_is_read_with_a_warning(tmp_path, caplog):
+    weights = {"weight": np.full((1, 1), 3.0, np.float32), "bias": np.zeros(1, np.float32)}
+    (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": weights, "__author__": "somebody"}))
+    checkpointer = Checkpointer(nn.Linear(1, 1))
+    checkpointer.load(str(tmp_path / "model.pkl"))
+    assert checkpointer.model.weight.item() == 3
+    assert "can run code while it is read" in caplog.text
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(saved, monkeypatch):
