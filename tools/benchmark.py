@@ -2,9 +2,11 @@
 """Times the operators against their peers: interleaved in one run, on fresh random inputs, medians, as Markdown tables.
 
 python tools/benchmark.py --threads 2 --repeats 15
+python tools/benchmark.py --only deform_roi_pool --dtypes float32
 """
 
 import argparse
+import itertools
 import math
 import platform
 import re
@@ -13,12 +15,13 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
-from dcnv2_d2.ops import deform_conv2d
+from dcnv2_d2.ops import deform_conv2d, deform_roi_pool
 
 
 @dataclass(frozen=True)
@@ -84,60 +87,138 @@ def plain(row, input, offset, weight, bias, mask):
 CONTESTANTS = {"ours": ours, "torchvision": theirs, "F.conv2d": plain}
 
 
+@dataclass(frozen=True)
+class PoolRow:
+    """Pooling of 512 boxes an image of 800x1344 from 256 channels, two samples a bin in each direction."""
+
+    height: int
+    width: int
+    stride: int  # of the map, in pixels of the image
+    bins: int
+
+    @property
+    def name(self):
+        return f"{self.height}x{self.width} map, {self.bins}x{self.bins}"
+
+
+POOL_ROWS = [PoolRow(*size, bins) for size in ((50, 84, 16), (200, 336, 4)) for bins in (7, 14)]
+
+
+def make_pool_inputs(row, batch, dtype, device):
+    """Boxes anywhere in the image; each side, on a logarithmic scale, anywhere from 4 to 28 pixels of the map."""
+    k = 512 * batch
+    size = row.stride * 4 * 7 ** torch.rand(k, 2)
+    corner = torch.rand(k, 2) * (torch.tensor([row.width, row.height]) * row.stride - size)
+    return {
+        "input": torch.randn(batch, 256, row.height, row.width, dtype=dtype, device=device),
+        "boxes": torch.cat([torch.arange(k)[:, None] % batch, corner, corner + size], 1).to(device),
+        "offset": torch.randn(k, 2, row.bins, row.bins, device=device),
+        "mask": torch.rand(k, 1, row.bins, row.bins, device=device),
+    }
+
+
+def pool_ours(row, input, boxes, offset, mask):
+    return deform_roi_pool(input, boxes, offset, row.bins, 1 / row.stride, 2, mask=mask)
+
+
+def pool_theirs(row, input, boxes, offset, mask):
+    """torchvision's plain pooling, with no offset and no mask; on the CPU it has no bfloat16."""
+    dtype = torch.float32 if input.device.type == "cpu" else input.dtype
+    result = torchvision.ops.roi_align(input.to(dtype), boxes.to(dtype), row.bins, 1 / row.stride, 2, aligned=True)
+    return result.to(input.dtype)
+
+
+POOL_CONTESTANTS = {"ours": pool_ours, "roi_align": pool_theirs}
+
+
 def synchronize(device):
     if device == "cuda":
         torch.cuda.synchronize()
 
 
-def run_once(contestant, row, inputs, backward, device):
+def run_once(operator, row, backward, threads, memory_format, inputs):
     """Milliseconds of one call."""
-    inputs = {k: v.clone().requires_grad_(backward) for k, v in inputs.items()}
+    torch.set_num_threads(threads)
+    inputs = {k: v.clone().requires_grad_(backward and k != "boxes") for k, v in inputs.items()}
+    inputs["input"] = inputs["input"].detach().contiguous(memory_format=memory_format).requires_grad_(backward)
+    device = inputs["input"].device.type
     synchronize(device)
     start = time.perf_counter()
-    output = CONTESTANTS[contestant](row, **inputs)
+    output = operator(row, **inputs)
     if backward:
         output.backward(torch.ones_like(output))
     synchronize(device)
     return 1e3 * (time.perf_counter() - start)
 
 
-def compare(row, args, dtype, backward, threads):
-    """Median milliseconds per (contestant, number of threads), all interleaved."""
-    times = {}
-    for repeat in range(-1, args.repeats):
-        inputs = make_inputs(row, args.batch, dtype, args.device)
-        for n in threads:
-            torch.set_num_threads(n)
-            for contestant in CONTESTANTS:
-                if n != threads[-1] and contestant != "ours":
-                    continue
-                elapsed = run_once(contestant, row, inputs, backward, args.device)
-                if repeat >= 0:  # the first round warms up
-                    times.setdefault((contestant, n), []).append(elapsed)
-    return {key: statistics.median(values) for key, values in times.items()}
+def compare(calls, make_inputs, repeats):
+    """Median of what each of calls {key: function of the inputs} returns; interleaved, on fresh inputs every round."""
+    results = {key: [] for key in calls}
+    for repeat in range(-1, repeats):
+        inputs = make_inputs()
+        for key, call in calls.items():
+            result = call(inputs)
+            if repeat >= 0:  # the first round warms up
+                results[key].append(result)
+    return {key: statistics.median(values) for key, values in results.items()}
 
 
 def geometric_mean(values):
     return math.exp(statistics.fmean(map(math.log, values)))
 
 
-def time_table(args, dtype, backward):
+def print_table(title, names, ratio_names, lines):
+    """lines: (name of the row, its milliseconds, its ratios); the last line printed is the ratios' geometric mean."""
+    print(f"\n### {title}\n")
+    print(f"| row | {' | '.join(f'{name}, ms' for name in names)} | {' | '.join(ratio_names)} |")
+    print("|---" * (1 + len(names) + len(ratio_names)) + "|")
+    collected = []
+    for row, times, ratios in lines:
+        print("|", " | ".join([row, *(f"{ms:.1f}" for ms in times), *(f"{r:.2f}" for r in ratios)]), "|", flush=True)
+        collected.append(ratios)
+    means = " | ".join(f"{geometric_mean(column):.2f}" for column in zip(*collected, strict=True))
+    print("| geometric mean" + " |" * len(names), "|", means, "|", flush=True)
+
+
+def conv_table(title, args, dtype, backward):
     threads = [1, args.threads] if args.device == "cpu" and args.threads > 1 else [args.threads]
-    what = "forward + backward" if backward else "forward"
-    print(f"\n### deform_conv2d, {what}, {str(dtype).removeprefix('torch.')}, batch {args.batch}\n")
-    print(
-        "| row | ours, ms | torchvision, ms | F.conv2d, ms | torchvision / ours | ours / F.conv2d | 1 thread / ours |"
-    )
-    print("|---|---|---|---|---|---|---|")
-    ratios = []
-    for row in ROWS:
-        medians = compare(row, args, dtype, backward, threads)
-        own, other, conv = (medians[name, threads[-1]] for name in CONTESTANTS)
-        ratios.append((other / own, own / conv, medians["ours", threads[0]] / own))
-        cells = [row.name, *(f"{ms:.1f}" for ms in (own, other, conv)), *(f"{r:.2f}" for r in ratios[-1])]
-        print(f"| {' | '.join(cells)} |", flush=True)
-    means = [f"{geometric_mean(column):.2f}" for column in zip(*ratios, strict=True)]
-    print(f"| geometric mean | | | | {' | '.join(means)} |", flush=True)
+
+    def lines():
+        for row in ROWS:
+            keys = [("ours", n) for n in threads] + [(name, threads[-1]) for name in CONTESTANTS if name != "ours"]
+            calls = {
+                (name, n): partial(run_once, CONTESTANTS[name], row, backward, n, torch.contiguous_format)
+                for name, n in keys
+            }
+            medians = compare(calls, partial(make_inputs, row, args.batch, dtype, args.device), args.repeats)
+            times = own, other, conv = [medians[name, threads[-1]] for name in CONTESTANTS]
+            yield row.name, times, (other / own, own / conv, medians["ours", threads[0]] / own)
+
+    print_table(title, CONTESTANTS, ["torchvision / ours", "ours / F.conv2d", "1 thread / ours"], lines())
+
+
+def pool_table(title, args, dtype, backward):
+    calls = {
+        f"{name}{', channels_last' * (layout == torch.channels_last)}": (call, layout)
+        for layout in (torch.contiguous_format, torch.channels_last)
+        for name, call in POOL_CONTESTANTS.items()
+    }
+
+    def lines():
+        for row in POOL_ROWS:
+            timed = {
+                name: partial(run_once, call, row, backward, args.threads, layout)
+                for name, (call, layout) in calls.items()
+            }
+            medians = compare(timed, partial(make_pool_inputs, row, args.batch, dtype, args.device), args.repeats)
+            own, plain, own_last, plain_last = times = list(medians.values())
+            yield row.name, times, (plain / own, plain / own_last, plain_last / own_last)
+
+    ratios = ["roi_align / ours", "roi_align / ours, channels_last", "both channels_last"]
+    print_table(title, calls, ratios, lines())
+
+
+TABLES = {"deform_conv2d": conv_table, "deform_roi_pool": pool_table}
 
 
 def peak_memory():
@@ -147,10 +228,10 @@ def peak_memory():
 
 def extra_memory(contestant, index, backward, threads):
     """Bytes by which one call, run in a process of its own, raises the peak of resident memory, less its results."""
-    torch.set_num_threads(threads)
     row = ROWS[index]
     small = Row("warm-up", 32, 24, 24)
-    run_once(contestant, small, make_inputs(small, 1, torch.float32, "cpu"), backward, "cpu")
+    warm_up = partial(run_once, CONTESTANTS[contestant], small, backward, threads, torch.contiguous_format)
+    warm_up(make_inputs(small, 1, torch.float32, "cpu"))
     inputs = {k: v.requires_grad_(backward) for k, v in make_inputs(row, 1, torch.float32, "cpu").items()}
     results = math.prod(row.out_size) * row.channels * (2 if backward else 1)  # with the gradient of the output
     if backward:
@@ -183,6 +264,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="the operators to time")
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -193,10 +275,10 @@ def main():
     processor = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
     print(f"{platform.processor() or platform.machine()}, {processor}, torch {torch.__version__}, ", end="")
     print(f"torchvision {torchvision.__version__}, medians of {args.repeats}, {time.strftime('%Y-%m-%d')}")
-    for dtype in args.dtypes:
-        for backward in (False, True):
-            time_table(args, getattr(torch, dtype), backward)
-    if args.device == "cpu":
+    for operator, dtype, backward in itertools.product(args.only, args.dtypes, (False, True)):
+        what = "forward + backward" if backward else "forward"
+        TABLES[operator](f"{operator}, {what}, {dtype}, batch {args.batch}", args, getattr(torch, dtype), backward)
+    if args.device == "cpu" and "deform_conv2d" in args.only:
         memory_table(args)
 
 
