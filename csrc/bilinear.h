@@ -61,23 +61,39 @@ DCNV2_HOST_DEVICE BilinearSample<scalar_t, index_t> sample_zero_padded(
       x - scalar_t(x_low)};
 }
 
-// The rule of RoIAlign: false, for nothing to add, at y < -1 or y > height (or x); otherwise the position is clamped into
-// the map. In a clamped direction the two neighbours coincide, which makes the derivative zero there. NaN and infinite
-// positions are outside.
+// One axis of a sample that is clamped into the map. In a clamped direction the two neighbours coincide, which makes the
+// derivative zero there.
+template <typename scalar_t, typename index_t>
+struct AxisSample {
+  index_t low, high;
+  scalar_t distance;  // to the low neighbour, in [0, 1)
+};
+
+// False, for nothing to add, farther than `reach` pixels from the first or the last pixel. NaN and infinite positions are.
+template <typename scalar_t, typename index_t>
+DCNV2_HOST_DEVICE bool clamp_to_axis(
+    scalar_t position, index_t size, scalar_t reach, AxisSample<scalar_t, index_t>& axis) {
+  if (!(position >= -reach && position <= scalar_t(size - 1) + reach)) return false;
+  axis.low = position <= 0 ? 0 : position >= scalar_t(size - 1) ? size - 1 : static_cast<index_t>(position);
+  axis.high = position > 0 && axis.low < size - 1 ? axis.low + 1 : axis.low;
+  axis.distance = axis.high > axis.low ? position - scalar_t(axis.low) : scalar_t(0);
+  return true;
+}
+
+// The rule of RoIAlign, with a reach of 1, and of position-sensitive pooling, with one of 1/2: false, for nothing to add,
+// at y < -reach or y > height - 1 + reach (or x); otherwise the position is clamped into the map.
 template <typename scalar_t, typename index_t>
 DCNV2_HOST_DEVICE bool sample_clamped(
-    scalar_t y, scalar_t x, index_t height, index_t width, BilinearSample<scalar_t, index_t>& sample) {
-  if (!(y >= -1 && y <= scalar_t(height) && x >= -1 && x <= scalar_t(width))) return false;
-  const index_t y_low = y <= 0 ? 0 : y >= scalar_t(height - 1) ? height - 1 : static_cast<index_t>(y);
-  const index_t x_low = x <= 0 ? 0 : x >= scalar_t(width - 1) ? width - 1 : static_cast<index_t>(x);
-  const index_t down = y > 0 && y_low < height - 1 ? width : 0, right = x > 0 && x_low < width - 1 ? 1 : 0;
-  const index_t first = y_low * width + x_low;
-  sample.index[0] = first;
-  sample.index[1] = first + right;
-  sample.index[2] = first + down;
-  sample.index[3] = first + down + right;
-  sample.ly = down ? y - scalar_t(y_low) : scalar_t(0);
-  sample.lx = right ? x - scalar_t(x_low) : scalar_t(0);
+    scalar_t y, scalar_t x, index_t height, index_t width, BilinearSample<scalar_t, index_t>& sample,
+    scalar_t reach = scalar_t(1)) {
+  AxisSample<scalar_t, index_t> row, column;
+  if (!clamp_to_axis(y, height, reach, row) || !clamp_to_axis(x, width, reach, column)) return false;
+  sample.index[0] = row.low * width + column.low;
+  sample.index[1] = row.low * width + column.high;
+  sample.index[2] = row.high * width + column.low;
+  sample.index[3] = row.high * width + column.high;
+  sample.ly = row.distance;
+  sample.lx = column.distance;
   return true;
 }
 

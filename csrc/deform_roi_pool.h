@@ -23,12 +23,9 @@ struct DeformRoIPoolShape {
   int64_t bins() const { return pooled_h * pooled_w; }
 };
 
-// Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.
-inline DeformRoIPoolShape check_deform_roi_pool(
-    const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
-    const std::optional<at::Tensor>& mask, at::IntArrayRef output_size, double spatial_scale, int64_t sampling_ratio,
-    double gamma) {
-  constexpr const char* op = "deform_roi_pool";
+// The checks that every RoI pooling makes.
+inline void check_roi_pool(
+    const char* op, const at::Tensor& input, const at::Tensor& boxes, at::IntArrayRef output_size, double spatial_scale) {
   check_floating(op, input, "input");
   check_floating(op, boxes, "boxes");
   check_same_device(op, boxes, input, "boxes");
@@ -46,7 +43,24 @@ inline DeformRoIPoolShape check_deform_roi_pool(
       output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0, op,
       ": output_size must be two numbers above 0, got ", output_size);
   TORCH_CHECK_VALUE(spatial_scale > 0, op, ": spatial_scale must be above 0, got ", spatial_scale);
+}
 
+inline void check_pool_mask(
+    const char* op, const std::optional<at::Tensor>& mask, const at::Tensor& input, int64_t boxes,
+    at::IntArrayRef output_size) {
+  if (!mask.has_value()) return;
+  check_floating(op, *mask, "mask");
+  check_same_device(op, *mask, input, "mask");
+  check_sizes(op, *mask, {boxes, 1, output_size[0], output_size[1]}, "mask", "[K, 1, Ph, Pw]");
+}
+
+// Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.
+inline DeformRoIPoolShape check_deform_roi_pool(
+    const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
+    const std::optional<at::Tensor>& mask, at::IntArrayRef output_size, double spatial_scale, int64_t sampling_ratio,
+    double gamma) {
+  constexpr const char* op = "deform_roi_pool";
+  check_roi_pool(op, input, boxes, output_size, spatial_scale);
   const DeformRoIPoolShape s{
       input.size(0),  input.size(1),  input.size(2),  input.size(3), boxes.size(0),
       output_size[0], output_size[1], sampling_ratio, spatial_scale, gamma};
@@ -55,21 +69,17 @@ inline DeformRoIPoolShape check_deform_roi_pool(
     check_same_device(op, *offset, input, "offset");
     check_sizes(op, *offset, {s.boxes, 2, s.pooled_h, s.pooled_w}, "offset", "[K, 2, Ph, Pw]");
   }
-  if (mask.has_value()) {
-    check_floating(op, *mask, "mask");
-    check_same_device(op, *mask, input, "mask");
-    check_sizes(op, *mask, {s.boxes, 1, s.pooled_h, s.pooled_w}, "mask", "[K, 1, Ph, Pw]");
-  }
+  check_pool_mask(op, mask, input, s.boxes, output_size);
   return s;
 }
 
 // One axis of one bin: its samples, of which only those that can lie on the map are visited.
 template <typename scalar_t>
 struct BinAxis {
-  scalar_t start, step;  // the sample i lies at start + (i + 0.5) * step
+  scalar_t start, step;  // of its samples
   int64_t first, last;   // the samples first .. last - 1
 
-  DCNV2_HOST_DEVICE scalar_t at(int64_t i) const { return start + (scalar_t(i) + scalar_t(0.5)) * step; }
+  DCNV2_HOST_DEVICE scalar_t at(int64_t i) const { return start + scalar_t(i) * step; }
 };
 
 // One axis of one box, in pixels of the map.
@@ -86,7 +96,8 @@ struct BoxAxis {
 
   // `shift`: the bin's offset times gamma; `extent`: height or width of the map.
   DCNV2_HOST_DEVICE BinAxis<scalar_t> bin(int64_t index, int64_t bins, scalar_t shift, int64_t extent) const {
-    BinAxis<scalar_t> axis{begin + size * shift + scalar_t(index) * size / scalar_t(bins), size / scalar_t(bins) / grid, 0, 0};
+    const scalar_t step = size / scalar_t(bins) / grid;
+    BinAxis<scalar_t> axis{begin + size * shift + scalar_t(index) * size / scalar_t(bins) + step / 2, step, 0, 0};
     // Of the samples of a large bin most may lie outside; -2 and + 3 leave room for rounding, the sampler decides.
     const scalar_t a = (scalar_t(-1) - axis.start) / axis.step, b = (scalar_t(extent) - axis.start) / axis.step;
     const scalar_t low = axis.step > 0 ? a : b, high = axis.step > 0 ? b : a;

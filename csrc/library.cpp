@@ -55,4 +55,14 @@ TORCH_LIBRARY(dcnv2_d2, m) {
       "deform_roi_pool_backward(Tensor grad, Tensor input, Tensor boxes, Tensor? offset, Tensor? mask, "
       "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool[3] wanted) "
       "-> (Tensor, Tensor, Tensor)");
+
+  // input [N, C, H, W], boxes as above, offset [K, 2 * classes, Qh, Qw], mask [K, 1, Ph, Pw] -> [K, C / group_size**2, Ph, Pw]
+  m.def(
+      "deform_ps_roi_pool(Tensor input, Tensor boxes, Tensor? offset, Tensor? mask, int[2] output_size, "
+      "float spatial_scale, int sampling_ratio, float gamma, int group_size) -> Tensor");
+  // grad [K, C / group_size**2, Ph, Pw] -> gradients of input, offset, mask; of those not `wanted`, an empty tensor
+  m.def(
+      "deform_ps_roi_pool_backward(Tensor grad, Tensor input, Tensor boxes, Tensor? offset, Tensor? mask, "
+      "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, int group_size, bool[3] wanted) "
+      "-> (Tensor, Tensor, Tensor)");
 }

@@ -28,11 +28,13 @@
 namespace dcnv2 {
 
 // Copies `channels` channels of one image (first element `source`; `channel_stride`, `pixel_stride` in elements) into
-// `target` [pixels, channels], converting the type on the way.
+// `target` [pixels, channels], converting the type on the way. The rows of `target` begin `row_stride` elements apart; 0
+// stands for `channels`.
 template <typename target_t, typename source_t>
 void to_channels_last(
     target_t* target, const source_t* source, int64_t pixels, int64_t channels, int64_t channel_stride,
-    int64_t pixel_stride) {
+    int64_t pixel_stride, int64_t row_stride = 0) {
+  if (row_stride == 0) row_stride = channels;
   constexpr int64_t block = 32;  // pixels: both sides of the transpose stay in the first-level cache
   at::parallel_for(0, (pixels + block - 1) / block, 4, [&](int64_t begin, int64_t end) {
     for (int64_t p0 = begin * block; p0 < std::min(end * block, pixels); p0 += block) {
@@ -40,21 +42,22 @@ void to_channels_last(
       if (channel_stride == 1) {
         for (int64_t p = p0; p < p1; ++p)
           for (int64_t c = 0; c < channels; ++c)
-            target[p * channels + c] = static_cast<target_t>(source[p * pixel_stride + c]);
+            target[p * row_stride + c] = static_cast<target_t>(source[p * pixel_stride + c]);
       } else {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t p = p0; p < p1; ++p)
-            target[p * channels + c] = static_cast<target_t>(source[c * channel_stride + p * pixel_stride]);
+            target[p * row_stride + c] = static_cast<target_t>(source[c * channel_stride + p * pixel_stride]);
       }
     }
   });
 }
 
-// The way back: `source` [pixels, channels] into the channels of an image.
+// The way back: `source` [pixels, channels], its rows `row_stride` elements apart, into the channels of an image.
 template <typename target_t, typename source_t>
 void from_channels_last(
     target_t* target, const source_t* source, int64_t pixels, int64_t channels, int64_t channel_stride,
-    int64_t pixel_stride) {
+    int64_t pixel_stride, int64_t row_stride = 0) {
+  if (row_stride == 0) row_stride = channels;
   constexpr int64_t block = 32;
   at::parallel_for(0, (pixels + block - 1) / block, 4, [&](int64_t begin, int64_t end) {
     for (int64_t p0 = begin * block; p0 < std::min(end * block, pixels); p0 += block) {
@@ -62,11 +65,11 @@ void from_channels_last(
       if (channel_stride == 1) {
         for (int64_t p = p0; p < p1; ++p)
           for (int64_t c = 0; c < channels; ++c)
-            target[p * pixel_stride + c] = static_cast<target_t>(source[p * channels + c]);
+            target[p * pixel_stride + c] = static_cast<target_t>(source[p * row_stride + c]);
       } else {
         for (int64_t c = 0; c < channels; ++c)
           for (int64_t p = p0; p < p1; ++p)
-            target[c * channel_stride + p * pixel_stride] = static_cast<target_t>(source[p * channels + c]);
+            target[c * channel_stride + p * pixel_stride] = static_cast<target_t>(source[p * row_stride + c]);
       }
     }
   });

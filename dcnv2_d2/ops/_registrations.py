@@ -93,47 +93,44 @@ _register_autocast(
 )
 
 
-# --- deform_roi_pool
+# --- deform_roi_pool, deform_ps_roi_pool
 
 
-@torch.library.register_fake("dcnv2_d2::deform_roi_pool")
-def _(input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):
-    _check_devices("deform_roi_pool", input, boxes=boxes, offset=offset, mask=mask)
-    output = input.new_empty((boxes.shape[0], input.shape[1], *output_size))
-    return output.to(memory_format=torch._prims_common.suggest_memory_format(input))
+def _register_roi_pool(name, pooled_channels):
+    """pooled_channels(input, *geometry): the number of channels of the result."""
+    op, backward_op = getattr(_ops, name), getattr(_ops, f"{name}_backward")
+
+    def fake(input, boxes, offset, mask, output_size, *geometry):
+        _check_devices(name, input, boxes=boxes, offset=offset, mask=mask)
+        output = input.new_empty((boxes.shape[0], pooled_channels(input, *geometry), *output_size))
+        return output.to(memory_format=torch._prims_common.suggest_memory_format(input))
+
+    def fake_backward(grad, input, boxes, offset, mask, *geometry_and_wanted):
+        wanted = geometry_and_wanted[-1]
+        layout = torch._prims_common.suggest_memory_format(input)
+        return (
+            input.new_empty(input.shape).to(memory_format=layout) if wanted[0] else input.new_empty(0),
+            offset.new_empty(offset.shape) if wanted[1] and offset is not None else input.new_empty(0),
+            mask.new_empty(mask.shape) if wanted[2] and mask is not None else input.new_empty(0),
+        )
+
+    def save(ctx, inputs, output):
+        input, boxes, offset, mask, *ctx.geometry = inputs
+        ctx.save_for_backward(input, boxes, offset, mask)
+
+    def backward(ctx, grad):
+        needs_input, _, needs_offset, needs_mask = ctx.needs_input_grad[:4]
+        wanted = [needs_input, needs_offset, needs_mask]
+        grads = backward_op(grad, *ctx.saved_tensors, *ctx.geometry, wanted)
+        grad_input, grad_offset, grad_mask = (g if w else None for g, w in zip(grads, wanted, strict=True))
+        return grad_input, None, grad_offset, grad_mask, *(None for _ in ctx.geometry)
+
+    torch.library.register_fake(f"dcnv2_d2::{name}", fake)
+    torch.library.register_fake(f"dcnv2_d2::{name}_backward", fake_backward)
+    torch.library.register_autograd(f"dcnv2_d2::{name}", backward, setup_context=save)
+    torch.library.register_autograd(f"dcnv2_d2::{name}_backward", _refuse_double_backward(name))
+    _register_autocast(name, lambda cast, input, *rest: op(cast(input), *rest))
 
 
-@torch.library.register_fake("dcnv2_d2::deform_roi_pool_backward")
-def _(grad, input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, wanted):
-    layout = torch._prims_common.suggest_memory_format(input)
-    return (
-        input.new_empty(input.shape).to(memory_format=layout) if wanted[0] else input.new_empty(0),
-        offset.new_empty(offset.shape) if wanted[1] and offset is not None else input.new_empty(0),
-        mask.new_empty(mask.shape) if wanted[2] and mask is not None else input.new_empty(0),
-    )
-
-
-def _save_deform_roi_pool(ctx, inputs, output):
-    input, boxes, offset, mask, *ctx.geometry = inputs
-    ctx.save_for_backward(input, boxes, offset, mask)
-
-
-def _deform_roi_pool_backward(ctx, grad):
-    input, boxes, offset, mask = ctx.saved_tensors
-    needs_input, _, needs_offset, needs_mask = ctx.needs_input_grad[:4]
-    wanted = [needs_input, needs_offset, needs_mask]
-    grads = _ops.deform_roi_pool_backward(grad, input, boxes, offset, mask, *ctx.geometry, wanted)
-    grad_input, grad_offset, grad_mask = (g if w else None for g, w in zip(grads, wanted, strict=True))
-    return grad_input, None, grad_offset, grad_mask, None, None, None, None
-
-
-torch.library.register_autograd(
-    "dcnv2_d2::deform_roi_pool", _deform_roi_pool_backward, setup_context=_save_deform_roi_pool
-)
-torch.library.register_autograd("dcnv2_d2::deform_roi_pool_backward", _refuse_double_backward("deform_roi_pool"))
-_register_autocast(
-    "deform_roi_pool",
-    lambda cast, input, boxes, offset, mask, *geometry: _ops.deform_roi_pool(
-        cast(input), boxes, offset, mask, *geometry
-    ),
-)
+_register_roi_pool("deform_roi_pool", lambda input, *geometry: input.shape[1])
+_register_roi_pool("deform_ps_roi_pool", lambda input, *geometry: input.shape[1] // geometry[-1] ** 2)

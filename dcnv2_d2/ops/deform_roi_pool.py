@@ -55,19 +55,21 @@ def deform_roi_pool(
         RuntimeError: the compiled operators are not built.
     """
     _extension.check()
-    if not isinstance(boxes, Tensor):
-        boxes = _with_batch_index(input, boxes)
+    boxes = boxes_with_batch_index("deform_roi_pool", input, boxes)
     return torch.ops.dcnv2_d2.deform_roi_pool(
         input, boxes, offset, mask, list(_pair(output_size)), spatial_scale, sampling_ratio, gamma
     )
 
 
-def _with_batch_index(input: Tensor, boxes: Sequence[Tensor]) -> Tensor:
+def boxes_with_batch_index(function: str, input: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
+    """A list of Tensor[L, 4], one per image, as Tensor[K, 5]; a tensor as it is."""
+    if isinstance(boxes, Tensor):
+        return boxes
     if len(boxes) != input.shape[0]:
-        raise ValueError(f"deform_roi_pool: boxes must have one tensor per image ({input.shape[0]}), got {len(boxes)}")
+        raise ValueError(f"{function}: boxes must have one tensor per image ({input.shape[0]}), got {len(boxes)}")
     for b in boxes:
         if b.dim() != 2 or b.shape[1] != 4:
-            raise ValueError(f"deform_roi_pool: boxes must be a list of tensors [L, 4], got one of {list(b.shape)}")
+            raise ValueError(f"{function}: boxes must be a list of tensors [L, 4], got one of {list(b.shape)}")
     if not boxes:
         return input.new_zeros((0, 5))
     return torch.cat([torch.cat([b.new_full((len(b), 1), i), b], dim=1) for i, b in enumerate(boxes)])

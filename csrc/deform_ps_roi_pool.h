@@ -1,0 +1,87 @@
+// Deformable position-sensitive RoI pooling: the sizes of one call, the checks of its arguments, and the geometry of a box,
+// for every backend. A kernel adds up the samples BinAxis::at(i), i = 0 .. sampling_ratio - 1 of both axes, by
+// sample_clamped with the reach below, and divides by the number of those that it does not refuse.
+#pragma once
+
+#include "deform_roi_pool.h"
+
+namespace dcnv2 {
+
+struct DeformPSRoIPoolShape {
+  static constexpr double reach = 0.5;  // pixels beyond the first and last one where a sample still counts
+
+  int64_t batch, channels, height, width;
+  int64_t boxes, pooled_h, pooled_w;
+  int64_t sampling_ratio, group_size;
+  int64_t classes, part_h, part_w;  // of the offset [K, 2 * classes, part_h, part_w]; without one: 1, Ph, Pw
+  double spatial_scale, gamma;
+
+  DCNV2_HOST_DEVICE int64_t pixels() const { return height * width; }
+  DCNV2_HOST_DEVICE int64_t bins() const { return pooled_h * pooled_w; }
+  DCNV2_HOST_DEVICE int64_t groups() const { return group_size * group_size; }
+  DCNV2_HOST_DEVICE int64_t out_channels() const { return channels / groups(); }
+  DCNV2_HOST_DEVICE int64_t class_channels() const { return out_channels() / classes; }
+  DCNV2_HOST_DEVICE int64_t parts() const { return part_h * part_w; }
+
+  // The group that serves the bin (ph, pw): channel c of the output reads channel c * groups() + group(ph, pw) of the input.
+  DCNV2_HOST_DEVICE int64_t group(int64_t ph, int64_t pw) const {
+    return ph * group_size / pooled_h * group_size + pw * group_size / pooled_w;
+  }
+  // Where the x offset of the bin (ph, pw) lies for channels of class `c`; its y offset lies parts() later.
+  DCNV2_HOST_DEVICE int64_t offset_index(int64_t k, int64_t c, int64_t ph, int64_t pw) const {
+    return (k * classes + c) * 2 * parts() + ph * part_h / pooled_h * part_w + pw * part_w / pooled_w;
+  }
+};
+
+// Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.
+inline DeformPSRoIPoolShape check_deform_ps_roi_pool(
+    const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
+    const std::optional<at::Tensor>& mask, at::IntArrayRef output_size, double spatial_scale, int64_t sampling_ratio,
+    double gamma, int64_t group_size) {
+  constexpr const char* op = "deform_ps_roi_pool";
+  check_roi_pool(op, input, boxes, output_size, spatial_scale);
+  TORCH_CHECK_VALUE(sampling_ratio > 0, op, ": sampling_ratio must be above 0, got ", sampling_ratio);
+  TORCH_CHECK_VALUE(group_size > 0, op, ": group_size must be above 0, got ", group_size);
+  TORCH_CHECK_VALUE(
+      input.size(1) % (group_size * group_size) == 0, op, ": input must have a multiple of group_size**2 = ",
+      group_size * group_size, " channels, got ", input.size(1));
+
+  DeformPSRoIPoolShape s{
+      input.size(0),  input.size(1),  input.size(2), input.size(3),  boxes.size(0),  output_size[0], output_size[1],
+      sampling_ratio, group_size,     1,             output_size[0], output_size[1], spatial_scale,  gamma};
+  if (offset.has_value()) {
+    check_floating(op, *offset, "offset");
+    check_same_device(op, *offset, input, "offset");
+    TORCH_CHECK_VALUE(
+        offset->dim() == 4 && offset->size(0) == s.boxes && offset->size(1) > 0 && offset->size(1) % 2 == 0 &&
+            offset->size(2) > 0 && offset->size(3) > 0,
+        op, ": offset must have the shape [", s.boxes, ", 2 * classes, Qh, Qw], got ", offset->sizes());
+    s.classes = offset->size(1) / 2, s.part_h = offset->size(2), s.part_w = offset->size(3);
+    TORCH_CHECK_VALUE(
+        s.out_channels() % s.classes == 0, op, ": offset must have channels for a number of classes that divides the ",
+        s.out_channels(), " channels of the result, got ", offset->size(1), " channels, which make ", s.classes, " classes");
+  }
+  check_pool_mask(op, mask, input, s.boxes, output_size);
+  return s;
+}
+
+// One axis of one box, in pixels of the map. The box is in whole pixels of the image, its far side included, and has at
+// least a tenth of a pixel of the map; NaN stays NaN, which is outside any map.
+template <typename scalar_t>
+struct PSBoxAxis {
+  scalar_t begin, size;
+
+  DCNV2_HOST_DEVICE PSBoxAxis(scalar_t low, scalar_t high, scalar_t scale) {
+    begin = std::round(low) * scale - scalar_t(0.5);
+    size = (std::round(high) + 1) * scale - scalar_t(0.5) - begin;
+    if (size < scalar_t(0.1)) size = scalar_t(0.1);
+  }
+
+  // `shift`: the bin's offset times gamma. The first sample lies in the near corner of the bin, none in the far one.
+  DCNV2_HOST_DEVICE BinAxis<scalar_t> bin(int64_t index, int64_t bins, scalar_t shift, int64_t sampling_ratio) const {
+    const scalar_t length = size / scalar_t(bins);
+    return {begin + size * shift + scalar_t(index) * length, length / scalar_t(sampling_ratio), 0, sampling_ratio};
+  }
+};
+
+}  // namespace dcnv2
