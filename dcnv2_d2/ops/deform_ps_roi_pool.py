@@ -21,23 +21,23 @@ def deform_ps_roi_pool(
     group_size: int = 1,
     mask: Tensor | None = None,
 ) -> Tensor:
-    r"""Deformable position-sensitive RoI pooling (Deformable ConvNets v1, section 2.2), optionally modulated (v2, Eq. 2).
+    r"""Deformable position-sensitive RoI pooling (Deformable ConvNets v1, section 2.2), with a mask modulated as in v2.
 
-    It is the authors' own pooling operator, DeformablePSROIPooling, and mmdetection's until 2020; models trained with
-    those need it. It is not RoIAlign: for new models take deform_roi_pool, which is closer to the paper's text.
+    It is the authors' own operator, DeformablePSROIPooling, and what mmdetection had until 2020: models trained with
+    those need it. It is not RoIAlign; new models are better served by deform_roi_pool.
 
     Convention: box coordinates are rounded to whole pixels of the image, halves away from zero, and the far pixel is
     included: at a scale of 1/16, a box with x1 = 16.4 and x2 = 63.5 reaches from 16/16 - 0.5 = 0.5 to
     (64 + 1)/16 - 0.5 = 3.5625 pixels of the map. A side has at least 0.1 pixels. Samples lie at i/S of a bin, i = 0 to
-    S - 1: in the near corner, not in the middle. One that lies more than half a pixel beyond the centres of the outermost
-    pixels is left out, and a bin is the mean of the others, or 0 without any; positions up to half a pixel beyond are
-    clamped. A NaN or infinite position is left out.
+    S - 1: the first in its near corner. A sample more than half a pixel beyond the centre of the outermost pixel is
+    left out, one less far beyond is clamped to it, and a bin is the mean of the samples not left out, or 0 without any.
+    A NaN or infinite position is left out.
 
     A bin moves by gamma times the size of the RoI times its offset, x first, as in deform_roi_pool. The parts of the
-    offset, Qh x Qw, may be coarser than the bins: bin (ph, pw) takes part (ph * Qh // Ph, pw * Qw // Pw). Channels may
-    have offsets by class: of C' pooled channels, channel c takes those of class c * classes // C'. With groups, bin
-    (ph, pw) reads, for channel c, channel (c * G + gh) * G + gw of the input, gh = ph * G // Ph and gw = pw * G // Pw. The
-    derivative by the offset is the true one: 0 for a sample left out, and in a direction in which it was clamped.
+    offset, Qh x Qw, may be coarser than the bins: bin (ph, pw) takes part (ph * Qh // Ph, pw * Qw // Pw). Offsets may
+    differ by class: of C' pooled channels, channel c takes those of class c * classes // C'. With a group size G, bin
+    (ph, pw) of channel c is pooled from channel (c * G + ph * G // Ph) * G + pw * G // Pw of the input. The derivative
+    by the offset is the true one: 0 for a sample left out, and in a direction in which it was clamped.
 
     Coordinates and sums are in float32 (float64 for a float64 input), and the result is rounded once. On the CPU equal
     inputs give equal bits at a given number of threads. Derivatives are of the first order only; boxes have none.
@@ -47,8 +47,8 @@ def deform_ps_roi_pool(
             its dtype and layout.
         boxes (Tensor[K, 5] or list of Tensor[L, 4]): (batch index, x1, y1, x2, y2), or (x1, y1, x2, y2) per image, in
             image pixels, of any floating dtype.
-        offset (Tensor[K, 2 * classes, Qh, Qw]): class by class x of all parts, then y, in units of gamma times the RoI's
-            size; or None (the authors' no_trans).
+        offset (Tensor[K, 2 * classes, Qh, Qw]): class by class x of all parts, then y, in units of gamma times the
+            RoI's size; or None (the authors' no_trans).
         output_size: (Ph, Pw), or one number for both.
         spatial_scale: pixels of the map per image pixel.
         sampling_ratio: S, samples of a bin in each direction (the authors' sample_per_part).
