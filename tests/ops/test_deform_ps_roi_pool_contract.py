@@ -145,7 +145,7 @@ def test_repeats_to_the_bit_on_the_cpu(dtype, memory_format):
 
 
 class Pool(nn.Module):
-    """Modulated pooling as in mmdetection: offsets and mask predicted from plain pooling; with groups and coarse parts."""
+    """Modulated pooling as in mmdetection: offsets and mask predicted from plain pooling; groups, coarse parts."""
 
     def __init__(self):
         super().__init__()
