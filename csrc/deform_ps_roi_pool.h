@@ -1,5 +1,5 @@
-// Deformable position-sensitive RoI pooling: the sizes of one call, the checks of its arguments, and the geometry of a box,
-// for every backend. A kernel adds up the samples BinAxis::at(i), i = 0 .. sampling_ratio - 1 of both axes, by
+// Deformable position-sensitive RoI pooling: the sizes of one call, the checks of its arguments, and the geometry of a
+// box, for every backend. A kernel adds up the samples BinAxis::at(i), i = 0 .. sampling_ratio - 1 of both axes, by
 // sample_clamped with the reach below, and divides by the number of those that it does not refuse.
 #pragma once
 
@@ -23,7 +23,8 @@ struct DeformPSRoIPoolShape {
   DCNV2_HOST_DEVICE int64_t class_channels() const { return out_channels() / classes; }
   DCNV2_HOST_DEVICE int64_t parts() const { return part_h * part_w; }
 
-  // The group that serves the bin (ph, pw): channel c of the output reads channel c * groups() + group(ph, pw) of the input.
+  // The group that serves the bin (ph, pw): channel c of the output reads channel c * groups() + group(ph, pw) of the
+  // input.
   DCNV2_HOST_DEVICE int64_t group(int64_t ph, int64_t pw) const {
     return ph * group_size / pooled_h * group_size + pw * group_size / pooled_w;
   }
@@ -43,12 +44,12 @@ inline DeformPSRoIPoolShape check_deform_ps_roi_pool(
   TORCH_CHECK_VALUE(sampling_ratio > 0, op, ": sampling_ratio must be above 0, got ", sampling_ratio);
   TORCH_CHECK_VALUE(group_size > 0, op, ": group_size must be above 0, got ", group_size);
   TORCH_CHECK_VALUE(
-      input.size(1) % (group_size * group_size) == 0, op, ": input must have a multiple of group_size**2 = ",
-      group_size * group_size, " channels, got ", input.size(1));
+      input.size(1) % (group_size * group_size) == 0, op,
+      ": input must have a multiple of group_size**2 = ", group_size * group_size, " channels, got ", input.size(1));
 
-  DeformPSRoIPoolShape s{
-      input.size(0),  input.size(1),  input.size(2), input.size(3),  boxes.size(0),  output_size[0], output_size[1],
-      sampling_ratio, group_size,     1,             output_size[0], output_size[1], spatial_scale,  gamma};
+  DeformPSRoIPoolShape s{input.size(0),  input.size(1),  input.size(2),  input.size(3), boxes.size(0),
+                         output_size[0], output_size[1], sampling_ratio, group_size,    1,
+                         output_size[0], output_size[1], spatial_scale,  gamma};
   if (offset.has_value()) {
     check_floating(op, *offset, "offset");
     check_same_device(op, *offset, input, "offset");
@@ -59,7 +60,8 @@ inline DeformPSRoIPoolShape check_deform_ps_roi_pool(
     s.classes = offset->size(1) / 2, s.part_h = offset->size(2), s.part_w = offset->size(3);
     TORCH_CHECK_VALUE(
         s.out_channels() % s.classes == 0, op, ": offset must have channels for a number of classes that divides the ",
-        s.out_channels(), " channels of the result, got ", offset->size(1), " channels, which make ", s.classes, " classes");
+        s.out_channels(), " channels of the result, got ", offset->size(1), " channels, which make ", s.classes,
+        " classes");
   }
   check_pool_mask(op, mask, input, s.boxes, output_size);
   return s;

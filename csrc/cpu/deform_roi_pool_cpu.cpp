@@ -9,7 +9,8 @@ namespace dcnv2 {
 namespace {
 
 PoolSizes sizes_of(const DeformRoIPoolShape& s) {
-  return {"deform_roi_pool", s.batch, 1, s.channels, 1, s.height, s.width, s.boxes, s.pooled_h, s.pooled_w, s.bins(), 1.0};
+  return {"deform_roi_pool", s.batch, 1,          s.channels, 1,        s.height,
+          s.width,           s.boxes, s.pooled_h, s.pooled_w, s.bins(), 1.0};
 }
 
 // A function that locates a bin of a box, for the loops that roi_pool.h runs.
@@ -22,7 +23,10 @@ auto locator(const DeformRoIPoolShape& s) {
     const BoxAxis<acc_t> y(box[2], box[4], scale, s.sampling_ratio, s.pooled_h);
     const int64_t index = 2 * k * s.bins() + bin;
     return PoolBin<acc_t>{
-        static_cast<int64_t>(box[0]), index, gamma * y.size, gamma * x.size,
+        static_cast<int64_t>(box[0]),
+        index,
+        gamma * y.size,
+        gamma * x.size,
         y.bin(bin / s.pooled_w, s.pooled_h, gamma * call.offset_at(index + s.bins()), s.height),
         x.bin(bin % s.pooled_w, s.pooled_w, gamma * call.offset_at(index), s.width),
         std::max(y.grid * x.grid, acc_t(1))};
@@ -53,7 +57,8 @@ PoolGradients deform_roi_pool_backward(
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return dispatch_pool("deform_roi_pool", input.scalar_type(), [&](auto scalar, auto acc) {
     using acc_t = decltype(acc);
-    return pool_backward<decltype(scalar), acc_t>(sizes_of(s), grad, input, boxes, offset, mask, wanted, locator<acc_t>(s));
+    return pool_backward<decltype(scalar), acc_t>(
+        sizes_of(s), grad, input, boxes, offset, mask, wanted, locator<acc_t>(s));
   });
 }
 

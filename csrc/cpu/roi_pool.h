@@ -1,9 +1,9 @@
 // What the RoI poolings share on the CPU.
 //
-// The samples of a bin form a grid, so their weights are products of one of the row and one of the column: a bin is a sum over
-// the pixels that its samples touch, each once, however many samples touch it. The map is laid out channels last, so that a
-// pixel is a contiguous vector. Forward, threads share out the boxes; backward, each owns a block of channels of the input
-// gradient, so nothing is atomic and every run gives the same bits.
+// The samples of a bin form a grid, so their weights are products of one of the row and one of the column: a bin is a
+// sum over the pixels that its samples touch, each once, however many samples touch it. The map is laid out channels
+// last, so that a pixel is a contiguous vector. Forward, threads share out the boxes; backward, each owns a block of
+// channels of the input gradient, so nothing is atomic and every run gives the same bits.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -23,11 +23,11 @@ namespace dcnv2 {
 // One bin, for the channels of one class (which share their offsets).
 template <typename acc_t>
 struct PoolBin {
-  int64_t plane;          // of the map
-  int64_t offset_index;   // where its x offset lies
-  acc_t move_y, move_x;   // how far an offset of 1 moves it, in pixels
+  int64_t plane;         // of the map
+  int64_t offset_index;  // where its x offset lies
+  acc_t move_y, move_x;  // how far an offset of 1 moves it, in pixels
   BinAxis<acc_t> y, x;
-  acc_t samples;          // what the sum is divided by; 0 stands for the number of samples that are not outside
+  acc_t samples;  // what the sum is divided by; 0 stands for the number of samples that are not outside
 };
 
 // The sizes that the loops need. `channels` are those of the result; the map has `groups` planes an image, of as many
@@ -177,8 +177,8 @@ struct PoolCall {
   at::TensorOptions options = at::TensorOptions().dtype(c10::CppTypeToScalarType<acc_t>::value);
 
   PoolCall(
-      const PoolSizes& sizes, const at::Tensor& input, const at::Tensor& boxes_, const std::optional<at::Tensor>& offset_,
-      const std::optional<at::Tensor>& mask_)
+      const PoolSizes& sizes, const at::Tensor& input, const at::Tensor& boxes_,
+      const std::optional<at::Tensor>& offset_, const std::optional<at::Tensor>& mask_)
       : s(sizes) {
     boxes = boxes_.to(options).contiguous();
     if (offset_.has_value()) offset = offset_->to(options).contiguous();
@@ -196,6 +196,7 @@ struct PoolCall {
       return;
     }
     map = at::empty({s.batch, s.groups, s.pixels(), s.channels}, options);
+    advise_large_pages(map);
     for_each_plane(dense, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
       to_channels_last(
           map.data_ptr<acc_t>() + place, dense.const_data_ptr<scalar_t>() + at, s.pixels(), s.channels, channel_stride,
@@ -214,6 +215,7 @@ struct PoolCall {
       return map_grad.view({s.batch, s.height, s.width, s.channels}).permute({0, 3, 1, 2}).to(input.scalar_type());
     }
     const at::Tensor grad = at::empty(input.sizes(), input.options().memory_format(layout));
+    advise_large_pages(grad);
     for_each_plane(grad, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
       from_channels_last(
           grad.data_ptr<scalar_t>() + at, map_grad.const_data_ptr<acc_t>() + place, s.pixels(), s.channels,
@@ -223,7 +225,8 @@ struct PoolCall {
   }
 
  private:
-  // visit(where a plane begins in the dense tensor [N, channels * groups, H, W], where in the map, strides of the former)
+  // visit(where a plane begins in the dense tensor [N, channels * groups, H, W], where in the map, strides of the
+  // former)
   template <typename visit_t>
   void for_each_plane(const at::Tensor& dense, const visit_t& visit) const {
     const bool last = dense.stride(1) == 1;
@@ -243,8 +246,9 @@ at::Tensor pool_forward(
   const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
   const at::MemoryFormat layout = input.suggest_memory_format();
   const bool last = layout == at::MemoryFormat::ChannelsLast, direct = last && std::is_same_v<scalar_t, acc_t>;
-  const at::Tensor pooled = at::empty(
-      {s.boxes, s.channels, s.pooled_h, s.pooled_w}, input.options().memory_format(layout));
+  const at::Tensor pooled =
+      at::empty({s.boxes, s.channels, s.pooled_h, s.pooled_w}, input.options().memory_format(layout));
+  advise_large_pages(pooled);
   const acc_t* map = call.map.template const_data_ptr<acc_t>();
   scalar_t* const data = pooled.data_ptr<scalar_t>();
   const int64_t class_channels = s.channels / s.classes;
@@ -265,8 +269,7 @@ at::Tensor pool_forward(
         }
       }
       if (!direct) {
-        from_channels_last(
-            box_data, rows, s.bins(), s.channels, last ? 1 : s.bins(), last ? s.channels : 1, stride);
+        from_channels_last(box_data, rows, s.bins(), s.channels, last ? 1 : s.bins(), last ? s.channels : 1, stride);
       }
     }
   });
@@ -288,7 +291,9 @@ PoolGradients pool_backward(
   const int64_t class_channels = s.channels / s.classes, threads = at::get_num_threads();
   const int64_t block = std::max<int64_t>(((s.channels + threads - 1) / threads + 15) / 16 * 16, 16);
   const int64_t blocks = (s.channels + block - 1) / block;
-  const at::Tensor map_grad = at::zeros({wanted[0] ? call.map.numel() : 0}, call.options);
+  const at::Tensor map_grad = at::empty({wanted[0] ? call.map.numel() : 0}, call.options);
+  advise_large_pages(map_grad);
+  map_grad.zero_();
   // A block of channels adds to sums of its own, which are added up in the order of the blocks.
   const at::Tensor offset_sums = at::zeros({blocks, wanted[1] ? offset->numel() : 0}, call.options);
   const at::Tensor mask_sums = at::zeros({blocks, wanted[2] ? mask->numel() : 0}, call.options);
@@ -302,7 +307,8 @@ PoolGradients pool_backward(
       acc_t* mask_sum = mask_sums.data_ptr<acc_t>() + b * mask_sums.size(1);
       for (int64_t k = 0; k < s.boxes; ++k) {
         to_channels_last(
-            rows.data(), grads.const_data_ptr<scalar_t>() + k * s.bins() * s.channels + first * (last_format ? 1 : s.bins()),
+            rows.data(),
+            grads.const_data_ptr<scalar_t>() + k * s.bins() * s.channels + first * (last_format ? 1 : s.bins()),
             s.bins(), last - first, last_format ? 1 : s.bins(), last_format ? s.channels : 1, spaced(block));
         for (int64_t bin = 0; bin < s.bins(); ++bin) {
           const acc_t mask_value = call.mask_of(k * s.bins() + bin);
@@ -352,11 +358,16 @@ PoolGradients pool_backward(
 template <typename fn_t>
 auto dispatch_pool(const char* op, at::ScalarType type, const fn_t& fn) {
   switch (type) {
-    case at::kDouble: return fn(double(), double());
-    case at::kFloat: return fn(float(), float());
-    case at::kBFloat16: return fn(at::BFloat16(), float());
-    case at::kHalf: return fn(at::Half(), float());
-    default: TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
+    case at::kDouble:
+      return fn(double(), double());
+    case at::kFloat:
+      return fn(float(), float());
+    case at::kBFloat16:
+      return fn(at::BFloat16(), float());
+    case at::kHalf:
+      return fn(at::Half(), float());
+    default:
+      TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
   }
 }
 
