@@ -161,19 +161,22 @@ class FeatureMimicking(nn.Module):
 
 @contextlib.contextmanager
 def still_statistics(module: nn.Module):
-    """Keeps batch norms in training mode from adding what they see to their running statistics.
+    """Lets batch norms in training mode update copies of their running statistics, which are then thrown away.
 
-    The crops do: an object that fills its image is not what the network sees at inference.
+    What the crops show, an object that fills its image, the network does not see at inference. A momentum of 0 would
+    still let infinities through, and count the batches.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.momentum = 0.0
+    kept = [dict(norm.named_buffers()) for norm in norms]
+    for norm, buffers in zip(norms, kept, strict=True):
+        for name, buffer in buffers.items():
+            setattr(norm, name, buffer.clone())
     try:
         yield
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
+        for norm, buffers in zip(norms, kept, strict=True):
+            for name, buffer in buffers.items():
+                setattr(norm, name, buffer)
 
 
 class Mimicking:
