@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from detectron2.config import configurable
 from detectron2.layers import ROIAlign
 from detectron2.structures import Boxes, ImageList, Instances
-from detectron2.utils.events import get_event_storage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -217,17 +217,21 @@ class Mimicking:
             )
         proposals, result = super().forward(images, features, proposals, targets)
         if self.training:
+            storage = get_event_storage()  # here, as backward, where checkpointing comes back, may be outside of it
             result.update(
                 self.mimicking(
-                    images, proposals, self._features_of_crops, lambda boxes: self._box_features(features, boxes)
+                    images,
+                    proposals,
+                    lambda crops: self._features_of_crops(crops, storage),
+                    lambda boxes: self._box_features(features, boxes),
                 )
             )
         return proposals, result
 
-    def _features_of_crops(self, crops: Tensor) -> Tensor:
+    def _features_of_crops(self, crops: Tensor, storage: EventStorage) -> Tensor:
         boxes = crops.new_tensor([[0, 0, crops.shape[3], crops.shape[2]]])
         # The layers' statistics of the crops go under a name of their own.
-        with still_statistics(self), get_event_storage().name_scope("mimic"):
+        with still_statistics(self), storage.name_scope("mimic"):
             return self._box_features(self.crop_features(crops), [Boxes(boxes) for _ in crops])
 
     def _box_features(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
