@@ -142,7 +142,7 @@ class FeatureMimicking(nn.Module):
         foreground = cosine.detach()[classes < self.num_classes]
         if len(foreground):
             get_event_storage().put_scalar("mimic/cosine_fg", foreground.mean().item())
-        per_image = [part.sum() for part in (1 - cosine).clamp(min=0).split([len(instances) for instances in omega])]
+        per_image = [part.sum() for part in (1 - cosine).clamp(0, 2).split([len(instances) for instances in omega])]
         if self.reduction == "mean":
             per_image = [total / max(len(instances), 1) for total, instances in zip(per_image, omega, strict=True)]
         return {
