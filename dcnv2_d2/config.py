@@ -22,7 +22,7 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.MODEL.DCNV2.MASK_SCALE = 1.0
     # Learning rate of the layers that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
     cfg.MODEL.DCNV2.OFFSET_LR_FACTOR = 0.1
-    # Channels of conv5 after its 1x1 reduction, in the *_dc5_backbone builders (section 4.1: 256).
+    # Channels of conv5 after its reduction, in the *_dc5_backbone and *_aspp_backbone builders (section 4.1: 256).
     cfg.MODEL.DCNV2.DC5_CHANNELS = 256
     # Deformable RoI pooling, v1 and modulated: widths of the hidden layers of the branch that predicts offsets (v1 has
     # none; v2, section 3.2, two of 1024), whether one branch serves all FPN levels, and the unit of an offset in RoI

@@ -3,6 +3,8 @@
 import functools
 import logging
 
+import torch.nn.functional as F
+from detectron2.layers import ASPP
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone
@@ -72,19 +74,24 @@ def _deformable(build):
 
 
 class ReducedC5(Backbone):
-    """A ResNet whose res5 is reduced by a 1x1 convolution: the paper's own detector, which uses no FPN."""
+    """A ResNet whose res5 is reduced, by a 1x1 convolution as in the paper's own detector, which uses no FPN."""
 
-    def __init__(self, bottom_up: ResNet, channels: int):
+    size_divisibility = 0
+
+    def __init__(self, bottom_up: ResNet, channels: int, reduce: nn.Module | None = None):
         """
         Args:
             bottom_up: has res5 among its outputs.
             channels: of the reduced res5; the paper's 256.
+            reduce: another module than the 1x1 convolution, Tensor[N, C, H, W] -> Tensor[N, channels, H, W].
         """
         super().__init__()
         shapes = bottom_up.output_shape()
         self.bottom_up = bottom_up
-        self.reduce = nn.Conv2d(shapes["res5"].channels, channels, kernel_size=1)
-        c2_xavier_fill(self.reduce)
+        if reduce is None:
+            reduce = nn.Conv2d(shapes["res5"].channels, channels, kernel_size=1)
+            c2_xavier_fill(reduce)
+        self.reduce = reduce
         self._out_features = list(shapes)
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()} | {"res5": channels}
@@ -99,6 +106,21 @@ class ReducedC5(Backbone):
 def build_resnet_dc5_backbone(cfg, input_shape):
     """Reads MODEL.DCNV2.DC5_CHANNELS; RESNETS.RES5_DILATION 2 keeps res5 at stride 16, as in the paper."""
     return ReducedC5(build_resnet_backbone(cfg, input_shape), cfg.MODEL.DCNV2.DC5_CHANNELS)
+
+
+def build_resnet_aspp_backbone(cfg, input_shape):
+    """DeepLab v3's: atrous spatial pyramid pooling reduces res5. For Detectron2's SemanticSegmentor.
+
+    Reads MODEL.DCNV2.DC5_CHANNELS and MODEL.SEM_SEG_HEAD.NORM; the dilations are DeepLab v3's for stride 16, which
+    RESNETS.RES5_DILATION 2 gives.
+    """
+    resnet, channels = build_resnet_backbone(cfg, input_shape), cfg.MODEL.DCNV2.DC5_CHANNELS
+    options = {"norm": cfg.MODEL.SEM_SEG_HEAD.NORM, "activation": F.relu, "dropout": 0.1}
+    aspp = ASPP(resnet.output_shape()["res5"].channels, channels, [6, 12, 18], **options)
+    backbone = ReducedC5(resnet, channels, aspp)
+    # Targets are padded as the images are, and compared with the upsampled predictions.
+    backbone.size_divisibility = max(shape.stride for shape in resnet.output_shape().values())
+    return backbone
 
 
 def build_small_resnet_dc5_backbone(cfg, input_shape):
@@ -121,6 +143,7 @@ def build_small_resnet_dc5_backbone(cfg, input_shape):
 
 build_dcnv2_resnet_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_backbone))
 build_dcnv2_resnet_dc5_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_dc5_backbone))
+build_dcnv2_resnet_aspp_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_aspp_backbone))
 build_dcnv2_small_resnet_dc5_backbone = BACKBONE_REGISTRY.register()(_deformable(build_small_resnet_dc5_backbone))
 build_dcnv2_resnet_fpn_backbone = BACKBONE_REGISTRY.register()(_deformable(build_resnet_fpn_backbone))
 # Detectron2's name for it, build_retinanet_resnet_fpn_backbone, gets the same prefix.
