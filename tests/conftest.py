@@ -4,8 +4,14 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_net.py
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(2)
+
+calm = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("ordinary", max_examples=70, derandomize=True, **calm)
+settings.register_profile("nightly", max_examples=5000, **calm)
+settings.load_profile("ordinary")
 
 
 @pytest.fixture(autouse=True)

@@ -38,7 +38,7 @@ def sampling_points(box, offset, output_size, spatial_scale, sampling_ratio, gam
 def _neighbours(position, size):
     """(index, weight, inside) for the two pixels beside each position; derivatives are 0 where clamped or outside."""
     inside = (position >= -1) & (position <= size)
-    position = torch.where(inside, position, 0.0).clamp(0, size - 1)
+    position = torch.where(inside & (position > 0), position, 0.0).clamp(max=size - 1)  # at 0 it counts as clamped
     low = position.detach().floor()
     near = position - low
     return (low.long(), 1 - near, inside), ((low + 1).clamp(max=size - 1).long(), near, inside)

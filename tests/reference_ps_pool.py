@@ -46,7 +46,8 @@ def sampling_points(box, offset, output_size, spatial_scale, sampling_ratio, gam
 
 def _neighbours(position, size):
     """((index, weight) of the low pixel, of the high one); clamped, with derivative 0 there."""
-    position = position.nan_to_num(0, 0, 0).clamp(0, size - 1)
+    position = position.nan_to_num(0, 0, 0)
+    position = torch.where(position > 0, position, 0.0).clamp(max=size - 1)  # at 0 it counts as clamped
     low = position.detach().floor()
     near = position - low
     return (low.long(), 1 - near), ((low + 1).clamp(max=size - 1).long(), near)
