@@ -21,18 +21,22 @@ from torch import nn
 
 ROOT = Path(__file__).parents[1]
 QUICK_START = ROOT / "configs" / "quick_start"
+FULL = "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic"  # has every part of the package
+# DCNV2_NIGHTLY=1: every quick-start config on two and four processes, and more kills
+NIGHTLY = bool(os.environ.get("DCNV2_NIGHTLY"))
+PROCESSES = [(n, path.stem) for n in (2, 4) for path in sorted(QUICK_START.glob("*.yaml"))] if NIGHTLY else [(2, FULL)]
 SMALL = [
     *("DATASETS.TRAIN", "('bent_shapes_tiny_train',)", "DATASETS.TEST", "('bent_shapes_tiny_val',)"),
     *("SOLVER.IMS_PER_BATCH", "4", "SOLVER.CHECKPOINT_PERIOD", "2", "SEED", "7"),
 ]
 
 
-def start(folder, data, *opts, config="mask_rcnn_small_mdconv_c3-c5_mdpool_mimic", launcher=(), flags=()):
+def start(folder, data, *opts, flags=()):
     """Starts train_net.py with its output in `folder` and its data sets in `data`."""
     return subprocess.Popen(
         [
-            *(sys.executable, *launcher, "train_net.py", *flags),
-            *("--config-file", str(QUICK_START / f"{config}.yaml"), *SMALL, *opts, "OUTPUT_DIR", str(folder)),
+            *(sys.executable, "train_net.py", *flags),
+            *("--config-file", str(QUICK_START / f"{FULL}.yaml"), *SMALL, *opts, "OUTPUT_DIR", str(folder)),
         ],
         cwd=ROOT,
         env={**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"},
@@ -62,11 +66,18 @@ def data(tmp_path_factory):
     return tmp_path_factory.mktemp("datasets")
 
 
-def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data):
-    """Kills between the first checkpoint and the end, at a moment that the file system decides."""
-    steps = ("SOLVER.MAX_ITER", "8")
-    whole = start(tmp_path / "whole", data, *steps)
-    finish(whole)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, data):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    finish(start(folder, data, "SOLVER.MAX_ITER", "16"))
+    return folder
+
+
+@pytest.mark.parametrize("number", range(20 if NIGHTLY else 1))
+def test_a_run_killed_at_any_time_ends_with_the_same_weights(number, whole, tmp_path, data):
+    """Killed up to a second after its first checkpoint, and resumed."""
+    steps = ("SOLVER.MAX_ITER", "16")
     killed = start(tmp_path / "killed", data, *steps)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "last_checkpoint").is_file():
@@ -78,18 +89,16 @@ def test_a_run_killed_at_any_time_ends_with_the_same_weights(tmp_path, data):
     assert killed.returncode == -signal.SIGKILL
     output = finish(start(tmp_path / "killed", data, *steps, flags=["--resume"]))
     assert "Starting training from iteration 0" not in output
-    assert_same_weights(
-        weights(tmp_path / "whole" / "model_final.pth"), weights(tmp_path / "killed" / "model_final.pth")
-    )
+    assert_same_weights(weights(whole / "model_final.pth"), weights(tmp_path / "killed" / "model_final.pth"))
 
 
-@pytest.mark.parametrize("processes", [2])
-def test_processes_agree(tmp_path, data, processes):
+@pytest.mark.parametrize("processes, config", PROCESSES)
+def test_processes_agree(tmp_path, data, processes, config):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = tmp_path / "check.py"
     script.write_text(CHECK_RANKS)
     output = subprocess.run(
-        [sys.executable, *launcher, script, QUICK_START / "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic.yaml", *SMALL]
+        [sys.executable, *launcher, script, QUICK_START / f"{config}.yaml", *SMALL]
         + ["SOLVER.MAX_ITER", "10", "OUTPUT_DIR", tmp_path / "run"],
         cwd=ROOT,
         env={**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
