@@ -163,8 +163,8 @@ class FeatureMimicking(nn.Module):
 def still_statistics(module: nn.Module):
     """Lets batch norms in training mode update copies of their running statistics, which are then thrown away.
 
-    What the crops show, an object that fills its image, the network does not see at inference. A momentum of 0 would
-    still let infinities through, and count the batches.
+    What mimicking shows them, such as an object that fills its image, is not what they see at inference. A momentum of
+    0 would still let infinities through, and count the batches.
     """
     norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     kept = [dict(norm.named_buffers()) for norm in norms]
@@ -223,18 +223,22 @@ class Mimicking:
                     images,
                     proposals,
                     lambda crops: self._features_of_crops(crops, storage),
-                    lambda boxes: self._box_features(features, boxes),
+                    lambda boxes: self._box_features(features, boxes, storage, "mimic/frcnn"),
                 )
             )
         return proposals, result
 
     def _features_of_crops(self, crops: Tensor, storage: EventStorage) -> Tensor:
         boxes = crops.new_tensor([[0, 0, crops.shape[3], crops.shape[2]]])
-        # The layers' statistics of the crops go under a name of their own.
-        with still_statistics(self), storage.name_scope("mimic"):
-            return self._box_features(self.crop_features(crops), [Boxes(boxes) for _ in crops])
+        with storage.name_scope("mimic"):
+            features = self.crop_features(crops)
+        return self._box_features(features, [Boxes(boxes) for _ in crops], storage, "mimic")
 
-    def _box_features(self, features: dict[str, Tensor], boxes: list[Boxes]) -> Tensor:
+    def _box_features(
+        self, features: dict[str, Tensor], boxes: list[Boxes], storage: EventStorage, scope: str
+    ) -> Tensor:
         # Of a cascade the first stage, the one that is trained on these proposals
         box_head = self.box_head[0] if isinstance(self.box_head, nn.ModuleList) else self.box_head
-        return box_head(self.box_pooler([features[name] for name in self.box_in_features], boxes)).flatten(1)
+        # Running statistics, and what the layers record under their own names, stay those of the detector's own pass.
+        with still_statistics(self), storage.name_scope(scope):
+            return box_head(self.box_pooler([features[name] for name in self.box_in_features], boxes)).flatten(1)

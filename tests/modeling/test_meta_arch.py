@@ -158,14 +158,17 @@ def test_checkpointing_with_batch_norm_in_training_mode():
         assert torch.equal(value, other), name
 
 
-def test_crops_leave_no_trace_in_running_statistics():
-    model, plain = make_model({"MIMIC.CHUNK": 2}), make_model(PLAIN)
+def test_the_branch_leaves_no_trace_in_running_statistics():
+    # In the box head, too
+    norm = {"ROI_BOX_HEAD.NUM_CONV": 1, "ROI_BOX_HEAD.CONV_DIM": 8, "ROI_BOX_HEAD.NORM": "BN"}
+    model, plain = make_model({**norm, "MIMIC.CHUNK": 2}), make_model({**norm, **PLAIN})
     assert plain.load_state_dict(model.state_dict(), strict=False).unexpected_keys
     before = {name: value.clone() for name, value in model.named_buffers()}
     losses_of(model, two_images()), losses_of(plain, two_images())
     for (name, value), other in zip(model.named_buffers(), plain.buffers(), strict=True):
         assert torch.equal(value, other), name
         assert not name.endswith("running_mean") or not torch.equal(value, before[name])
+    assert "roi_heads.box_head.conv1.norm.running_mean" in before
 
 
 def test_after_an_exception_in_the_branch_everything_is_as_before():
@@ -215,8 +218,11 @@ def test_step_writes_its_scalars():
         torch.manual_seed(0)
         with EventStorage() as plain_storage:
             plain(inputs)
-        name = "res5.0.conv1/offset_mean"
-        assert latest[name] == plain_storage.latest()[name][0] != latest[f"mimic/{name}"]
+        recorded = {name: value for name, (value, _) in plain_storage.latest().items() if name.endswith("_mean")}
+        assert {"res5.0.conv1/offset_mean", "box_pooler.0/offset_mean", "box_pooler.0/mask_mean"} <= recorded.keys()
+        for name, value in recorded.items():
+            assert latest[name] == value, name
+            assert "mask_pooler" in name or latest[f"mimic/{name}"] != value, name
 
 
 # --- inference, checkpoints, copies
