@@ -20,12 +20,13 @@ import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.utils.analysis import FlopCountAnalysis
-from fvcore.nn import flop_count_table
+from detectron2.structures import Boxes
+from fvcore.nn import FlopCountAnalysis, flop_count_table
 from fvcore.nn.jit_handles import get_shape
+from torch import Tensor, nn
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published.csv"
-# So that an untrained network has all its proposals and detections, and none twice
+# So that an untrained network has all its proposals and detections
 ALL_BOXES = ["MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
 BILINEAR = 4  # FLOPs of a sample, as fvcore counts aten::grid_sampler
 
@@ -51,6 +52,21 @@ def image_size(cfg: CfgNode) -> tuple[int, int]:
     return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST * 3 // 2
 
 
+class Network(nn.Module):
+    """A model of Detectron2 as a tracer wants it: from the tensor of an image to tensors."""
+
+    # Not detectron2.utils.analysis and its TracingAdapter: in Detectron2 0.6 they import caffe2, which PyTorch dropped.
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        output = self.model([{"image": image}])[0]
+        fields = [*output.pop("instances").get_fields().values()] if "instances" in output else []
+        values = [*fields, *output.values()]
+        return [v.tensor if isinstance(v, Boxes) else v[0] if isinstance(v, tuple) else v for v in values]
+
+
 @torch.no_grad()
 def flops(cfg: CfgNode, size: tuple[int, int], interpolation: bool = False) -> FlopCountAnalysis:
     """The counter, which has been run, of the model of a config.
@@ -63,7 +79,9 @@ def flops(cfg: CfgNode, size: tuple[int, int], interpolation: bool = False) -> F
     cfg = cfg.clone()
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", *ALL_BOXES])
     model = build_model(cfg).eval()
-    counter = FlopCountAnalysis(model, [{"image": torch.rand(3, *size) * 255}])
+    for p in model.parameters():  # Fresh weights without trained norms make infinite scores, of which no box is left.
+        p.zero_()
+    counter = FlopCountAnalysis(Network(model), torch.rand(3, *size) * 255)
     per_sample = BILINEAR * interpolation
 
     def deform_conv2d(inputs, outputs):
@@ -79,8 +97,11 @@ def flops(cfg: CfgNode, size: tuple[int, int], interpolation: bool = False) -> F
         "dcnv2_d2::deform_conv2d": deform_conv2d,
         "dcnv2_d2::deform_roi_pool": pooling(6),
         "torchvision::roi_align": pooling(5),
-        "aten::grid_sampler": None,  # pastes masks into the image: not the network's
     }
+    # Norms are part of the convolution before them; grid_sampler pastes masks into the image.
+    free = ["batch_norm", "group_norm", "grid_sampler", "upsample_nearest2d"]
+    for name in free + ["upsample_bilinear2d"] * (not interpolation):
+        handles[f"aten::{name}"] = lambda inputs, outputs: 0
     counter.set_op_handle(**handles).unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
     return counter
 

@@ -4,7 +4,11 @@ import pytest
 import torch
 from dcnv2_d2 import add_dcnv2_config
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
-from dcnv2_d2.modeling.backbone import build_resnet_dc5_backbone, build_small_resnet_dc5_backbone
+from dcnv2_d2.modeling.backbone import (
+    build_resnet_aspp_backbone,
+    build_resnet_dc5_backbone,
+    build_small_resnet_dc5_backbone,
+)
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
@@ -15,6 +19,7 @@ C5, C4_C5, C3_C5 = ([stage >= first for stage in range(2, 6)] for first in (5, 4
 RESNET, FPN = "build_dcnv2_resnet_backbone", "build_dcnv2_resnet_fpn_backbone"
 RETINANET = "build_dcnv2_retinanet_resnet_fpn_backbone"
 DC5, SMALL = "build_dcnv2_resnet_dc5_backbone", "build_dcnv2_small_resnet_dc5_backbone"
+ASPP = "build_dcnv2_resnet_aspp_backbone"
 R18 = {"RESNETS.DEPTH": 18, "RESNETS.RES2_OUT_CHANNELS": 64}
 R50 = {"RESNETS.DEPTH": 50}
 R50_IN_3X3 = {"RESNETS.DEPTH": 50, "RESNETS.STRIDE_IN_1X1": False, "RESNETS.RES5_DILATION": 2}
@@ -42,7 +47,11 @@ def build(*args, **changes):
 
 def build_plain(name=RESNET, **changes):
     cfg = make_cfg(name, [False] * 4, **changes)
-    builders = {SMALL: build_small_resnet_dc5_backbone, DC5: build_resnet_dc5_backbone}
+    builders = {
+        SMALL: build_small_resnet_dc5_backbone,
+        DC5: build_resnet_dc5_backbone,
+        ASPP: build_resnet_aspp_backbone,
+    }
     builder = builders.get(name) or BACKBONE_REGISTRY.get(name.replace("dcnv2_", ""))
     return builder(cfg, ShapeSpec(channels=3))
 
@@ -51,7 +60,7 @@ def layers(model, kind=DeformConv2d):
     return {name: m for name, m in model.named_modules() if isinstance(m, kind)}
 
 
-@pytest.mark.parametrize("name", [RESNET, FPN, RETINANET, DC5, SMALL])
+@pytest.mark.parametrize("name", [RESNET, FPN, RETINANET, DC5, ASPP, SMALL])
 def test_registered(name):
     assert BACKBONE_REGISTRY.get(name).__name__ == name
 
@@ -66,9 +75,10 @@ def test_registered(name):
         (FPN, R18),
         (RETINANET, R18),
         (DC5, R50_IN_3X3),
+        (ASPP, {**R50_IN_3X3, "DCNV2.DC5_CHANNELS": 32}),
         (SMALL, TINY),
     ],
-    ids=["R18", "R50", "R50-dilated", "X50", "FPN", "RetinaNet", "DC5", "small"],
+    ids=["R18", "R50", "R50-dilated", "X50", "FPN", "RetinaNet", "DC5", "ASPP", "small"],
 )
 def test_conversion_changes_nothing_but_adds_offsets(name, changes):
     plain = build_plain(name, **changes)
@@ -199,6 +209,16 @@ def test_dc5_keeps_stride_16_and_reduces_res5():
         "res4": (1024, 16),
         "res5": (256, 16),
     }
+
+
+def test_aspp_samples_with_the_dilations_of_deeplab_v3():
+    changes = {"RESNETS.OUT_FEATURES": ["res5"], "DCNV2.DC5_CHANNELS": 32, "SEM_SEG_HEAD.NORM": "BN"}
+    model = build(ASPP, **R50_IN_3X3, **changes)
+    assert [conv.dilation[0] for conv in list(model.reduce.convs)[:4]] == [1, 6, 12, 18]
+    assert not layers(model.reduce) and model.size_divisibility == 16
+    (out,) = model(torch.randn(2, 3, 64, 96)).values()
+    assert out.shape == (2, 32, 4, 6) and (out >= 0).all()
+    assert model.output_shape()["res5"].channels == 32 and model.output_shape()["res5"].stride == 16
 
 
 def test_small_resnet():

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dcnv2_d2 import add_dcnv2_config
+from dcnv2_d2.config import check_config
 from dcnv2_d2.layers import DeformConv2d, DeformRoIPool, ModulatedDeformConv2d, ModulatedDeformRoIPool
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
@@ -40,16 +41,18 @@ def load(path):
     add_dcnv2_config(cfg)
     cfg.merge_from_file(str(path))  # raises on a key that is not known
     cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg)
     return cfg
 
 
 def make_input():
-    masks = torch.zeros(1, 96, 128, dtype=torch.bool)
+    """An image whose sides are no multiples of anything, with an object."""
+    masks = torch.zeros(1, 91, 125, dtype=torch.bool)
     masks[:, 10:70, 20:90] = True
-    target = Instances((96, 128), gt_boxes=Boxes(torch.tensor([[20.0, 10, 90, 70]])), gt_classes=torch.tensor([2]))
+    target = Instances((91, 125), gt_boxes=Boxes(torch.tensor([[20.0, 10, 90, 70]])), gt_classes=torch.tensor([2]))
     target.gt_masks = BitMasks(masks)
-    image = torch.randint(0, 255, (3, 96, 128), dtype=torch.uint8)
-    return [{"image": image, "instances": target, "sem_seg": masks[0].long(), "height": 96, "width": 128}]
+    image = torch.randint(0, 255, (3, 91, 125), dtype=torch.uint8)
+    return [{"image": image, "instances": target, "sem_seg": masks[0].long(), "height": 91, "width": 125}]
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
