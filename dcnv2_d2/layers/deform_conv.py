@@ -163,3 +163,16 @@ class ModulatedDeformConv2d(DeformConv2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", mask_scale={self.mask_scale}"
+
+    def accept_v1(self, state_dict, prefix: str) -> None:
+        """Widens `<prefix>conv_offset.*` of a v1 layer, in place, by mask logits of 0, as in a new layer."""
+        for name, own in self.conv_offset.named_parameters():
+            given = state_dict.get(f"{prefix}conv_offset.{name}")
+            if given is not None and len(given) * 3 == len(own) * 2:
+                logits = own.new_zeros((len(own) - len(given), *own.shape[1:]))
+                state_dict[f"{prefix}conv_offset.{name}"] = torch.cat([torch.as_tensor(given).to(logits), logits])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        _rename(state_dict, prefix + "conv_offset_mask.", prefix + "conv_offset.")
+        self.accept_v1(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)

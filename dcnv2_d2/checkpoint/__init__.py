@@ -1,0 +1,15 @@
+"""Weights from elsewhere: v1 checkpoints for v2 models, mmdetection's models, blocks with separate predictions."""
+
+from .checkpointer import Checkpointer
+from .files import read_state_dict
+from .joining import join_pool_branch, join_prediction_convs
+from .mmdetection import Converted, from_mmdetection
+
+__all__ = [
+    "Checkpointer",
+    "Converted",
+    "from_mmdetection",
+    "join_pool_branch",
+    "join_prediction_convs",
+    "read_state_dict",
+]
