@@ -1,12 +1,16 @@
 """Our own models under mmdetection's names, of every generation, come back with nothing unmatched and equal outputs."""
 
+import itertools
 import re
 
 import pytest
 import torch
 from dcnv2_d2.checkpoint import from_mmdetection
+from dcnv2_d2.ops import deform_roi_pool
 from detectron2.modeling import build_model
 from models import FASTER, MASK, detect, make_config, make_model
+from reference import assert_near
+from torch import nn
 
 NAMES = [  # ours, mmdetection's
     ("backbone.bottom_up.stem.conv1.norm.", "backbone.bn1."),
@@ -182,3 +186,48 @@ def test_another_depth_is_refused(state):
     rest = {name: tensor for name, tensor in state.items() if not name.startswith("backbone.layer3.5.")}
     with pytest.raises(ValueError, match=r"blocks of a ResNet-18, .*, got \[3, 4, 5, 3\]"):
         from_mmdetection(rest)
+
+
+def pack(modulated):
+    """The branches of one level of mmcv's pooling, of small weights."""
+
+    def layers(*sizes):
+        modules = [m for a, b in itertools.pairwise(sizes) for m in (nn.Linear(a, b), nn.ReLU())]
+        return nn.Sequential(*modules[:-1])
+
+    branches = {"offset_fc": layers(256 * 49, 24, 24, 2 * 49)}
+    if modulated:
+        branches["mask_fc"] = nn.Sequential(*layers(256 * 49, 24, 49), nn.Sigmoid())
+    return nn.ModuleDict(branches)
+
+
+@pytest.mark.parametrize("generation", ["3.x", "1.x"])
+@pytest.mark.parametrize("modulated", [True, False])
+def test_deformable_pooling(modulated, generation):
+    plain = build_model(make_config(FASTER, *SMALL_HEADS))
+    source, packs = to_mmdetection(plain, generation), [pack(modulated) for _ in range(4)]
+    prefix = "bbox_roi_extractor.roi_layers" if generation == "1.x" else "roi_head.bbox_roi_extractor.roi_layers"
+    for level, branches in enumerate(packs):
+        source |= {f"{prefix}.{level}.{name}": tensor for name, tensor in branches.state_dict().items()}
+
+    converted = from_mmdetection(source)
+    assert converted.unmatched == []
+    assert any("another operator" in note for note in converted.notes) == (generation == "1.x")
+    cfg = make_config(converted.config)
+    assert cfg.MODEL.ROI_HEADS.NAME == "DCNv2ROIHeads"
+    assert cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE == ("ModulatedDeformRoIPool" if modulated else "DeformRoIPool")
+    hidden = cfg.MODEL.DCNV2.MDPOOL_FC_DIMS if modulated else cfg.MODEL.DCNV2.DPOOL_FC_DIMS
+    assert hidden == ([48, 48] if modulated else [24, 24])
+    poolers = load(converted).roi_heads.box_pooler.level_poolers
+    boxes = torch.tensor([[0.0, 3, 5, 60, 40], [0, 10, 2, 30, 58]])
+    x = torch.randn(1, 256, 16, 16)
+    for pooler, branches in zip(poolers, packs, strict=True):
+        assert pooler.sampling_ratio == 0 and pooler.gamma == 0.1
+        features = deform_roi_pool(x, boxes, None, 7, pooler.spatial_scale).flatten(1)
+        with torch.no_grad():
+            offset, mask = pooler.predict(x, boxes)
+            expected = branches["offset_fc"](features).view(2, 2, 7, 7)
+            assert_near(offset, expected, 1e-6)
+            assert expected.std() > 0.01
+            if modulated:
+                assert_near(mask, branches["mask_fc"](features).view(2, 1, 7, 7), 1e-6)
