@@ -215,7 +215,7 @@ def test_deformable_pooling(modulated, generation):
     assert any("another operator" in note for note in converted.notes) == (generation == "1.x")
     cfg = make_config(converted.config)
     assert cfg.MODEL.ROI_HEADS.NAME == "DCNv2ROIHeads"
-    assert cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE == ("ModulatedDeformRoIPool" if modulated else "DeformRoIPool")
+    assert ("ModulatedDeformRoIPool" if modulated else "DeformRoIPool") == cfg.MODEL.ROI_BOX_HEAD.POOLER_TYPE
     hidden = cfg.MODEL.DCNV2.MDPOOL_FC_DIMS if modulated else cfg.MODEL.DCNV2.DPOOL_FC_DIMS
     assert hidden == ([48, 48] if modulated else [24, 24])
     poolers = load(converted).roi_heads.box_pooler.level_poolers
