@@ -6,11 +6,11 @@ from . import compat
 
 if compat.prepare():  # before anything that imports Detectron2
     from . import modeling  # noqa: F401
-    from .config import add_dcnv2_config
+    from .config import add_dcnv2_config, load_config
     from .data import register_all
 
     register_all()
-    __all__ = ["add_dcnv2_config"]
+    __all__ = ["add_dcnv2_config", "load_config"]
 else:
     warnings.warn(
         f"Detectron2 is not installed; only dcnv2_d2.ops and dcnv2_d2.layers can be used. {compat.INSTALL_HINT}",

@@ -4,11 +4,16 @@ The choice of stages, v1 or v2, and offset groups are Detectron2's own MODEL.RES
 DEFORM_MODULATED and DEFORM_NUM_GROUPS.
 """
 
-from detectron2.config import CfgNode
+import logging
+from collections.abc import Sequence
+
+import torch
+from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 
 from . import compat
+from .data import register_files
 from .modeling.mimicking import Mimicking
 from .modeling.poolers import LAYERS as POOLER_LAYERS
 from .modeling.roi_heads import DeformPoolers
@@ -48,6 +53,33 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MIMIC.CHECKPOINTING = False
     # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"
+
+
+def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
+    """Reads a config file of this package or of Detectron2; without a GPU, the model runs on the CPU.
+
+    Args:
+        config_file: a YAML file.
+        opts: keys and values that come after it: ["MODEL.WEIGHTS", "model_final.pth"]. A data set in DATASETS.TRAIN or
+            DATASETS.TEST can be a registered name or files, "annotations.json:folder of images".
+
+    Raises:
+        ValueError: see check_config.
+    """
+    cfg = get_cfg()
+    add_dcnv2_config(cfg)
+    cfg.merge_from_file(config_file)
+    opts = list(opts)
+    for i, key in enumerate(opts[:-1:2]):  # a lone data set needs no parentheses
+        if key in ("DATASETS.TRAIN", "DATASETS.TEST") and opts[2 * i + 1][:1] not in "([":
+            opts[2 * i + 1] = (opts[2 * i + 1],)
+    cfg.merge_from_list(opts)
+    register_files([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
+        logging.warning("MODEL.DEVICE is %s, but no GPU is available: running on the CPU.", cfg.MODEL.DEVICE)
+        cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg)
+    return cfg
 
 
 def check_config(cfg: CfgNode) -> None:

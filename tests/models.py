@@ -34,7 +34,7 @@ def make_model(config, *options):
 def randomise(model):
     for name, module in model.named_modules():
         if isinstance(module, FrozenBatchNorm2d):
-            module.weight.uniform_(0.5, 1.0).mul_(0.3 if name.endswith("conv3.norm") else 1.0)
+            module.weight.uniform_(0.5, 1.0).mul_(0.2 if name.endswith("conv3.norm") else 0.7)
             module.bias.normal_(0, 0.1)
             module.running_mean.normal_(0, 0.1)
             module.running_var.uniform_(0.5, 1.5)
@@ -44,7 +44,7 @@ def randomise(model):
         elif name.endswith("cls_score"):
             module.weight.normal_(0, 1.0 / module.in_features**0.5)
         elif name.endswith(("objectness_logits", "anchor_deltas", "bbox_pred", "mask_head.predictor")):
-            module.weight.normal_(0, 0.5 / module.weight[0].numel() ** 0.5)
+            module.weight.normal_(0, 0.3 / module.weight[0].numel() ** 0.5)
         elif isinstance(module, nn.Linear) and "branch" in name:
             module.weight.normal_(0, 1.0 / module.in_features**0.5)
             module.bias.normal_(0, 0.1)

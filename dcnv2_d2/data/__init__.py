@@ -1,5 +1,6 @@
-"""The generated data set "bent shapes" and its registration with Detectron2."""
+"""The generated data set "bent shapes", data sets given by their files, and (check.py) what may be wrong with one."""
 
+from .files import register_files
 from .generate import ensure_generated, register_all
 
-__all__ = ["ensure_generated", "register_all"]
+__all__ = ["ensure_generated", "register_all", "register_files"]

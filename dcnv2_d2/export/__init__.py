@@ -1,0 +1,54 @@
+"""Detectors as torch.export programs and ONNX files, for images of any size."""
+
+import torch
+from torch import Tensor
+from torch.export import Dim, ExportedProgram
+
+from .detector import Detector
+
+__all__ = ["Detector", "export_detector", "export_onnx"]
+
+MIN_SIZE, MAX_SIZE = 65, 4096  # pixels; of an image of 64, the coarsest FPN level is a single one: a case of its own
+MIN_OPSET = 19
+
+
+@torch.no_grad()
+def export_detector(model) -> ExportedProgram:
+    """Exports the tensor part of a Faster or Mask R-CNN: from pixels Tensor[3, H, W] to Detector's results.
+
+    H and W may be anything from 65 to 4096. Save it with torch.export.save; to run a loaded one, dcnv2_d2.export must
+    have been imported.
+
+    Raises:
+        ValueError: the model is another kind of detector.
+    """
+    detector = Detector(model)
+    image: Tensor = torch.zeros((3, 224, 320), device=model.device)
+    sizes = {1: Dim("height", min=MIN_SIZE, max=MAX_SIZE), 2: Dim("width", min=MIN_SIZE, max=MAX_SIZE)}
+    return torch.export.export(detector, (image,), dynamic_shapes={"image": sizes}, strict=False)
+
+
+def export_onnx(program: ExportedProgram, path: str, opset: int = MIN_OPSET) -> None:
+    """Writes what export_detector made, or any other exported program with our operators, as ONNX.
+
+    deform_conv2d becomes DeformConv, deform_roi_pool RoiAlign and arithmetic: there are operators of ONNX alone. ONNX
+    Runtime has DeformConv on the CPU from 1.25.
+
+    Raises:
+        ValueError: opset is below 19, the first with DeformConv.
+        ImportError: onnxscript is not installed.
+    """
+    if opset < MIN_OPSET:
+        raise ValueError(f"export_onnx: opset must be {MIN_OPSET} or later, the first with DeformConv, got {opset}")
+    from .onnx import TRANSLATIONS
+
+    torch.onnx.export(
+        program,
+        f=path,
+        dynamo=True,
+        opset_version=opset,
+        custom_translation_table=TRANSLATIONS,
+        output_names=["boxes", "scores", "classes", "masks"][: len(program.graph_signature.user_outputs)],
+        external_data=False,
+        verbose=False,
+    )
