@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from detectron2.layers import Conv2d
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
@@ -38,11 +39,11 @@ class Detector(nn.Module):
         if isinstance(heads, CascadeROIHeads):
             raise ValueError("Detector: model must have StandardROIHeads, got CascadeROIHeads")
         self.model = copy.deepcopy(model).eval()
-        if isinstance(getattr(self.model.backbone, "top_block", None), LastLevelMaxPool):
-            self.model.backbone.top_block = _Subsample()
+        replacements = {Conv2d: _Conv2d, LastLevelMaxPool: _LastLevelMaxPool}
+        if max(self.model.backbone.size_divisibility, 1) % 4:  # else the stem's sizes are even anyway
+            replacements[BasicStem] = _BasicStem
         for module in self.model.modules():
-            if type(module) is Conv2d:
-                module.__class__ = _Conv2d
+            module.__class__ = replacements.get(type(module), type(module))
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """
@@ -121,11 +122,18 @@ class _Conv2d(Conv2d):
         return x if self.activation is None else self.activation(x)
 
 
-class _Subsample(LastLevelMaxPool):
-    """The same function; the exporter takes the sizes of a pooling for even or odd ever after."""
+# The exporter takes it from a pooling with stride whether a size is even, for all images. So these pool without, and
+# then take every second pixel.
 
+
+class _LastLevelMaxPool(LastLevelMaxPool):
     def forward(self, x):
         return [x[:, :, ::2, ::2]]
+
+
+class _BasicStem(BasicStem):
+    def forward(self, x):
+        return F.max_pool2d(F.relu(self.conv1(x)), kernel_size=3, stride=1, padding=1)[:, :, ::2, ::2]
 
 
 def _anchors(generator, maps):

@@ -1,11 +1,11 @@
 """Whole R-CNNs, exported once, against themselves at several image sizes."""
 
-import onnxruntime
 import pytest
 import torch
 from dcnv2_d2.export import export_detector, export_onnx
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformRoIPool
-from models import FASTER, MASK, make_model
+from detectron2.modeling import build_model
+from models import CONFIGS, FASTER, MASK, make_config, make_model
 
 HEADS = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.ROI_BOX_HEAD.FC_DIM", "64", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
@@ -15,8 +15,10 @@ MDPOOL = [
     *("MODEL.ROI_HEADS.NAME", "DCNv2ROIHeads", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool"),
     *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool", "MODEL.DCNV2.MDPOOL_FC_DIMS", "[64, 64]"),
 ]
+SMALL = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
 MODELS = {"faster mdconv": (FASTER, []), "mask mdconv mdpool": (MASK, MDPOOL)}
-SIZES = [(96, 131), (200, 150), (65, 66)]  # the second has more anchors on p2 than RPN.PRE_NMS_TOPK_TEST, the last none
+# The first has more anchors on p2 than RPN.PRE_NMS_TOPK_TEST; the second is the smallest there may be.
+SIZES = [(160, 131), (65, 66)]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -53,8 +55,10 @@ def assert_same(actual, expected, tolerance):
 
 def test_program(exported, tmp_path):
     model, program = exported
-    torch.export.save(program, tmp_path / "detector.pt2")
-    module = torch.export.load(tmp_path / "detector.pt2").module()
+    if not model.roi_heads.mask_on:  # once is enough
+        torch.export.save(program, tmp_path / "detector.pt2")
+        program = torch.export.load(tmp_path / "detector.pt2")
+    module = program.module()
     for size in SIZES:
         image = make_image(*size)
         with torch.no_grad():
@@ -62,6 +66,7 @@ def test_program(exported, tmp_path):
 
 
 def test_onnx_runtime(exported, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", "1.25")
     model, program = exported
     path = tmp_path / "detector.onnx"
     export_onnx(program, path)
@@ -72,3 +77,34 @@ def test_onnx_runtime(exported, tmp_path):
         image = make_image(*size)
         results = [torch.from_numpy(r) for r in session.run(None, {"image": image.numpy()})]
         assert_same(results, raw(model, image), 1e-4)
+
+
+def test_small_detector_without_fpn(tmp_path):
+    """One level, other strides, a BatchNorm, masks; and no detections at all."""
+    onnxruntime = pytest.importorskip("onnxruntime", "1.25")
+    model = make_model(SMALL)
+    program = export_detector(model)
+    export_onnx(program, tmp_path / "small.onnx", opset=20)
+    session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
+    for image in (make_image(128, 128), make_image(99, 160)):
+        results = [torch.from_numpy(r) for r in session.run(None, {"image": image.numpy()})]
+        assert [r.shape for r in results] == [r.shape for r in raw(model, image)]
+        for actual, expected in zip(results, raw(model, image), strict=True):
+            assert (actual.double() - expected.double()).abs().max() < 1e-3
+    model.roi_heads.box_predictor.cls_score.bias.data[-1] = 100.0  # all is background
+    module = export_detector(model).module()
+    assert [len(r) for r in module(make_image(128, 128))] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"], "Cascade"),
+        (["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5', 'p6']",
+          "MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [128], [256]]"], "RetinaNet"),
+    ],
+)  # fmt: skip
+def test_other_models_are_refused(options, sentence):
+    model = build_model(make_config(FASTER, *options))
+    with pytest.raises(ValueError, match=f"Detector: model must .*got .*{sentence}"):
+        export_detector(model)

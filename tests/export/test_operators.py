@@ -1,7 +1,5 @@
 """Each operator in ONNX Runtime, at sizes the export did not see."""
 
-import onnx
-import onnxruntime
 import pytest
 import torch
 from dcnv2_d2.export import export_onnx
@@ -10,6 +8,9 @@ from dcnv2_d2.ops import deform_conv2d, deform_roi_pool
 from reference import assert_near
 from torch import nn
 from torch.export import Dim
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime", "1.25")  # the first with DeformConv on the CPU; it needs Python 3.11
 
 
 class Calls(nn.Module):
@@ -90,7 +91,7 @@ def test_deform_roi_pool(tmp_path):
         assert actual.shape == expected.shape
         if len(expected):
             assert_near(actual, expected, 5e-5)
-            assert expected.std() > 0.1
+            assert expected.std() > 0.05
     assert {o.domain for o in onnx.load(path).opset_import} == {""}
 
 
