@@ -68,7 +68,7 @@ def main():
         print(
             f"{len(expected[0])} detections in an image of {image.shape[2]} x {image.shape[1]}; greatest differences:"
         )
-        for name, a, e in zip(("boxes", "scores", "classes", "masks"), actual, expected):
+        for name, a, e in zip(("boxes", "scores", "classes", "masks"), actual, expected, strict=False):
             difference = f"{(a.double() - e.double()).abs().max():.1e}" if a.shape == e.shape and len(e) else "-"
             print(f"  {name:<8}{difference if a.shape == e.shape else f'{len(a)} instead of {len(e)}'}")
 
