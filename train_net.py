@@ -9,11 +9,10 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 import dcnv2_d2  # before Detectron2: it makes old releases importable
-import torch
 from dcnv2_d2.analysis.report import write_report
-from dcnv2_d2.config import check_config
-from dcnv2_d2.engine import Checkpointer, Trainer, launch
-from detectron2.config import get_cfg
+from dcnv2_d2.checkpoint import Checkpointer
+from dcnv2_d2.data.check import check_datasets
+from dcnv2_d2.engine import Trainer, launch
 from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
@@ -23,17 +22,10 @@ logger = logging.getLogger("dcnv2_d2.train_net")
 
 
 def setup(args):
-    cfg = get_cfg()
-    dcnv2_d2.add_dcnv2_config(cfg)
-    cfg.merge_from_file(args.config_file)
-    cfg.merge_from_list(args.opts)
-    if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.warning("MODEL.DEVICE is %s, but no GPU is available: running on the CPU.", cfg.MODEL.DEVICE)
-        cfg.MODEL.DEVICE = "cpu"
+    cfg = dcnv2_d2.load_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logging.warning("SOLVER.AMP.ENABLED needs a GPU in Detectron2's trainer: training in float32.")
         cfg.SOLVER.AMP.ENABLED = False
-    check_config(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(cfg.OUTPUT_DIR, comm.get_rank(), name="dcnv2_d2")
@@ -42,6 +34,8 @@ def setup(args):
 
 def main(args):
     cfg = setup(args)
+    if comm.is_main_process():
+        check_datasets(cfg, train=not args.eval_only)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

@@ -11,7 +11,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase
@@ -23,6 +22,7 @@ from torch import nn
 from torch.utils.data import Sampler
 
 from . import compat
+from .checkpoint import Checkpointer
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -146,59 +146,6 @@ class ResumedSampler(Sampler):
         for group in waiting:
             yield from group
         yield from stream
-
-
-class UnreadableCheckpoint(Exception):
-    pass
-
-
-class Checkpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer; a checkpoint exists wholly or not at all, and an unreadable one gives way to the last
-    one that can be read."""
-
-    UNFINISHED = ".unfinished.pth"
-
-    def save(self, name, **kwargs):
-        try:
-            super().save(name + self.UNFINISHED.removesuffix(".pth"), **kwargs)
-        except Exception:
-            if self.save_dir and self.save_to_disk:
-                Path(self.save_dir, name + self.UNFINISHED).unlink(missing_ok=True)
-            raise
-
-    def tag_last_checkpoint(self, last_filename_basename):
-        """save calls this when the file is whole."""
-        name = last_filename_basename.removesuffix(self.UNFINISHED) + ".pth"
-        os.replace(os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, name))
-        super().tag_last_checkpoint(name)
-
-    def resume_or_load(self, path, *, resume=True):
-        if not resume or not self.has_checkpoint():
-            return super().resume_or_load(path, resume=resume)
-        last = self.get_checkpoint_file()
-        others = [file for file in self.get_all_checkpoint_files() if not file.endswith(self.UNFINISHED)]
-        for file in [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]:
-            try:
-                if not self.path_manager.isfile(file):
-                    raise UnreadableCheckpoint(f"checkpoint {file} does not exist")
-                return self.load(file)
-            except UnreadableCheckpoint as e:
-                logger.warning("%s; trying the one before it.", e)
-        raise RuntimeError(
-            f"none of the checkpoints in {self.save_dir} can be read; start again without --resume, or put a good "
-            f"checkpoint there and its name into {os.path.join(self.save_dir, 'last_checkpoint')}"
-        )
-
-    def load(self, path, *args, **kwargs):
-        if path and path.endswith(".pkl") and not path.startswith("detectron2://"):
-            logger.warning("%s is a pickle, which can run code while it is read: use it only if you trust it.", path)
-        return super().load(path, *args, **kwargs)
-
-    def _load_file(self, filename):
-        try:  # PyTorch reads .pth files with weights_only, which runs no code.
-            return super()._load_file(filename)
-        except Exception as e:
-            raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
 
 
 @torch.no_grad()

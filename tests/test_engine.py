@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dcnv2_d2.engine import Checkpointer, ResumedSampler, UnreadableCheckpoint, explain_divergence
+from dcnv2_d2.checkpoint import Checkpointer, UnreadableCheckpoint
+from dcnv2_d2.engine import ResumedSampler, explain_divergence
 from detectron2.data.common import AspectRatioGroupedDataset
 from detectron2.data.samplers import TrainingSampler
 from detectron2.utils.events import EventStorage

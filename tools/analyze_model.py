@@ -27,7 +27,14 @@ from torch import Tensor, nn
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published.csv"
 # So that an untrained network has all its proposals and detections
-ALL_BOXES = ["MODEL.RPN.NMS_THRESH", 1.0, "MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0]
+ALL_BOXES = [
+    "MODEL.RPN.NMS_THRESH",
+    1.0,
+    "MODEL.ROI_HEADS.NMS_THRESH_TEST",
+    1.0,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
+    0.0,
+]
 BILINEAR = 4  # FLOPs of a sample, as fvcore counts aten::grid_sampler
 
 
@@ -117,12 +124,15 @@ def table(rows: list[tuple[str, int, float]]) -> str:
     figures = published()
     first, *_ = (figures.get(rows[0][0], {}), *rows[0][1:])
     lines = [
-        "| config | parameters, 2**20 | published | difference | published | GFLOPs | published | difference | published |",
+        "| config | parameters, 2**20 | published | difference | published "
+        "| GFLOPs | published | difference | published |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for name, *ours in rows:
         theirs, cells = figures.get(name, {}), [name]
-        for value, start, unit, key, digits in zip(ours, rows[0][1:], (2**20, 1e9), ("params", "gflops"), (3, 2)):
+        for value, start, unit, key, digits in zip(
+            ours, rows[0][1:], (2**20, 1e9), ("params", "gflops"), (3, 2), strict=True
+        ):
             known, known_start = theirs.get(key), first.get(key)
             cells += [f"{value / unit:.{digits}f}", known or "", f"{(value - start) / unit:+.{digits}f}"]
             cells.append(f"{float(known) - float(known_start):+.1f}" if known and known_start else "")

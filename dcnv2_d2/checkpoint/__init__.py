@@ -1,6 +1,6 @@
 """Weights from elsewhere: v1 checkpoints for v2 models, mmdetection's models, blocks with separate predictions."""
 
-from .checkpointer import Checkpointer
+from .checkpointer import Checkpointer, UnreadableCheckpoint
 from .files import read_state_dict
 from .joining import join_pool_branch, join_prediction_convs
 from .mmdetection import Converted, from_mmdetection
@@ -8,6 +8,7 @@ from .mmdetection import Converted, from_mmdetection
 __all__ = [
     "Checkpointer",
     "Converted",
+    "UnreadableCheckpoint",
     "from_mmdetection",
     "join_pool_branch",
     "join_prediction_convs",

@@ -1,15 +1,71 @@
-"""Loading a v1 checkpoint into a v2 model."""
+"""Saving and loading checkpoints with care."""
+
+import logging
+import os
+from pathlib import Path
 
 from detectron2.checkpoint import DetectionCheckpointer
 
 from ..layers import ModulatedDeformConv2d
 
+logger = logging.getLogger(__name__)
+
+
+class UnreadableCheckpoint(Exception):
+    """A checkpoint that is not a checkpoint, or no longer."""
+
 
 class Checkpointer(DetectionCheckpointer):
-    """Detectron2's, which leaves out every tensor of another shape; v1 offsets fit into a v2 model all the same.
+    """Detectron2's checkpointer, for files that may be damaged, dangerous, or of a v1 model.
 
-    Only needed for checkpoints with our own names: those of Detectron2's dconv models pass its check of shapes.
+    A checkpoint that it saves exists wholly or not at all, and resuming passes over unreadable ones to the last that can
+    be read. The offsets of a v1 model fit into a v2 model; Detectron2 leaves out every tensor of another shape. (That is
+    for checkpoints with our own names: those of Detectron2's dconv models pass its check of shapes.)
     """
+
+    UNFINISHED = ".unfinished.pth"
+
+    def save(self, name, **kwargs):
+        try:
+            super().save(name + self.UNFINISHED.removesuffix(".pth"), **kwargs)
+        except Exception:
+            if self.save_dir and self.save_to_disk:
+                Path(self.save_dir, name + self.UNFINISHED).unlink(missing_ok=True)
+            raise
+
+    def tag_last_checkpoint(self, last_filename_basename):
+        """save calls this when the file is whole."""
+        name = last_filename_basename.removesuffix(self.UNFINISHED) + ".pth"
+        os.replace(os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, name))
+        super().tag_last_checkpoint(name)
+
+    def resume_or_load(self, path, *, resume=True):
+        if not resume or not self.has_checkpoint():
+            return super().resume_or_load(path, resume=resume)
+        last = self.get_checkpoint_file()
+        others = [file for file in self.get_all_checkpoint_files() if not file.endswith(self.UNFINISHED)]
+        for file in [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]:
+            try:
+                if not self.path_manager.isfile(file):
+                    raise UnreadableCheckpoint(f"checkpoint {file} does not exist")
+                return self.load(file)
+            except UnreadableCheckpoint as e:
+                logger.warning("%s; trying the one before it.", e)
+        raise RuntimeError(
+            f"none of the checkpoints in {self.save_dir} can be read; start again without --resume, or put a good "
+            f"checkpoint there and its name into {os.path.join(self.save_dir, 'last_checkpoint')}"
+        )
+
+    def load(self, path, *args, **kwargs):
+        if path and path.endswith(".pkl") and not path.startswith("detectron2://"):
+            logger.warning("%s is a pickle, which can run code while it is read: use it only if you trust it.", path)
+        return super().load(path, *args, **kwargs)
+
+    def _load_file(self, filename):
+        try:  # PyTorch reads .pth files with weights_only, which runs no code.
+            return super()._load_file(filename)
+        except Exception as e:
+            raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
 
     def _load_model(self, checkpoint):
         for name, layer in self.model.named_modules():

@@ -64,8 +64,8 @@ def message(cfg, **kwargs):
 def test_three_options(make):
     name, other = make("train", GOOD), make("val", GOOD)
     cfg = config(name, other)
-    assert cfg.DATASETS.TRAIN == (name,) and cfg.DATASETS.TEST == (other,)
-    assert config(f"('{name}', '{other}')").DATASETS.TRAIN == (name, other)  # as Detectron2 has it
+    assert (name,) == cfg.DATASETS.TRAIN and (other,) == cfg.DATASETS.TEST
+    assert (name, other) == config(f"('{name}', '{other}')").DATASETS.TRAIN  # as Detectron2 has it
     check_datasets(cfg)
     assert [len(r["annotations"]) for r in DatasetCatalog.get(name)] == [2, 1, 0]
     metadata = MetadataCatalog.get(name)

@@ -110,7 +110,7 @@ def test_settings_and_place_in_the_readme(path):
     assert len(rows) == 1
     if folder == "quick_start":
         return
-    assert cfg.OUTPUT_DIR == f"output/{stem}"
+    assert f"output/{stem}" == cfg.OUTPUT_DIR
     solver = cfg.SOLVER
     assert (solver.IMS_PER_BATCH, solver.MOMENTUM, solver.WEIGHT_DECAY) == (16, 0.9, 1e-4)
     assert f"mimic_{cfg.MODEL.MIMIC.REGIONS}" in stem or "mimic_" not in stem
@@ -118,16 +118,16 @@ def test_settings_and_place_in_the_readme(path):
     assert cfg.MODEL.WEIGHTS.endswith(f"/{weights}.pkl")
     if folder == "COCO":
         assert cfg.DATASETS.TEST[0].startswith("coco_2017_val")
-        assert solver.MAX_ITER == (270000 if "_3x" in stem else 90000)
-        assert solver.STEPS == ((210000, 250000) if "_3x" in stem else (60000, 80000))
+        assert (270000 if "_3x" in stem else 90000) == solver.MAX_ITER
+        assert ((210000, 250000) if "_3x" in stem else (60000, 80000)) == solver.STEPS
         return
     # Sixteen epochs of 117,266 images, section 4.1
     assert (solver.BASE_LR, solver.GAMMA, solver.MAX_ITER) == (0.02, 0.1, 16 * 117266 // 16)
-    assert solver.STEPS == tuple(round(epochs * 117266 / 16) for epochs in (10, 14))
+    assert tuple(round(epochs * 117266 / 16) for epochs in (10, 14)) == solver.STEPS
     side = 800 if "800px" in stem else 1000
-    assert ("table2" == folder) == (side == 800)
-    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (side,) and cfg.INPUT.MIN_SIZE_TEST == side
-    assert cfg.DATASETS.TEST == (("coco_2017_test-dev",) if "test-dev" in stem else ("coco_2017_val",))
+    assert (folder == "table2") == (side == 800)
+    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (side,) and side == cfg.INPUT.MIN_SIZE_TEST
+    assert (("coco_2017_test-dev",) if "test-dev" in stem else ("coco_2017_val",)) == cfg.DATASETS.TEST
     rpn, heads = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
     assert (rpn.NMS_THRESH, rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST) == (0.7, 2000, 1000)
     assert (rpn.BATCH_SIZE_PER_IMAGE, rpn.POSITIVE_FRACTION) == (256, 0.5)

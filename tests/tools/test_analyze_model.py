@@ -107,7 +107,10 @@ def test_counts_do_not_depend_on_the_seed():
 
 def test_table_has_differences_to_the_first_row():
     rows = [("regular", 300 * 2**20, 7e9), ("mdconv", 301 * 2**20, 9.5e9), ("unknown", 299 * 2**20, 7e9)]
-    names = {"regular": "faster_rcnn_R_50_DC5_1000px_regular", "mdconv": "mask_rcnn_R_50_DC5_1000px_mdconv_c3-c5_mdpool"}
+    names = {
+        "regular": "faster_rcnn_R_50_DC5_1000px_regular",
+        "mdconv": "mask_rcnn_R_50_DC5_1000px_mdconv_c3-c5_mdpool",
+    }
     lines = TOOL["table"]([(names.get(name, name), *figures) for name, *figures in rows]).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in lines[2:]]
     assert cells[0] == ["300.000", "51.3", "+0.000", "+0.0", "7.00", "326.7", "+0.00", "+0.0"]
