@@ -18,9 +18,9 @@ class UnreadableCheckpoint(Exception):
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, for files that may be damaged, dangerous, or of a v1 model.
 
-    A checkpoint that it saves exists wholly or not at all, and resuming passes over unreadable ones to the last that can
-    be read. The offsets of a v1 model fit into a v2 model; Detectron2 leaves out every tensor of another shape. (That is
-    for checkpoints with our own names: those of Detectron2's dconv models pass its check of shapes.)
+    A checkpoint that it saves exists wholly or not at all; resuming passes over unreadable ones to the last that can
+    be read. The offsets of a v1 model fit into a v2 model, where Detectron2 leaves out every tensor of another shape.
+    (For checkpoints with our own names: those of Detectron2's dconv models pass its check of shapes.)
     """
 
     UNFINISHED = ".unfinished.pth"
