@@ -154,6 +154,20 @@ def test_unknown_key_is_named(tmp_path):
     assert not (tmp_path / "run").exists() and not (tmp_path / "datasets").exists()
 
 
+def test_a_data_set_of_ones_own(trained, tmp_path):
+    """A COCO file and a folder, by three options; and what happens if the third is wrong."""
+    (folder,) = (trained[0] / "datasets/bent_shapes").glob("tiny_train*")
+    files = f"{folder / 'annotations.json'}:{folder / 'images'}"
+    options = ["DATASETS.TRAIN", files, "DATASETS.TEST", files, "MODEL.ROI_HEADS.NUM_CLASSES"]
+    command = [sys.executable, "train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path), *options]
+    short = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    process = subprocess.run([*command, "3", *short], cwd=ROOT, capture_output=True, text=True)
+    assert results(process).keys() == {"bbox", "segm"}
+    process = subprocess.run([*command, "5"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode != 0 and "Starting training" not in process.stdout
+    assert f"{files}: has 3 classes" in process.stderr and "MODEL.ROI_HEADS.NUM_CLASSES is 5" in process.stderr
+
+
 def test_there_are_quick_start_configs():
     assert ROOT / CONFIG in CONFIGS
 

@@ -15,6 +15,7 @@ def replace_convs(
     modulated: bool = True,
     offset_groups: int = 1,
     mask_scale: float = 1.0,
+    dry_run: bool = False,
 ) -> list[str]:
     """Makes the chosen convolutions of a model deformable, in place; all their weights stay.
 
@@ -26,12 +27,14 @@ def replace_convs(
         where: a regular expression to be found in the convolution's name, or a function of (name, convolution).
         modulated: v2; False makes v1 layers, without a mask.
         offset_groups, mask_scale: see ModulatedDeformConv2d.
+        dry_run: print what would become of each, and change nothing.
 
     Returns:
         The names of the replaced convolutions.
 
     Raises:
         ValueError: `where` chooses no convolution larger than 1x1, or one that cannot be converted (see from_conv).
+            Nothing is replaced then.
     """
     if isinstance(where, str):
         pattern = re.compile(where)
@@ -49,24 +52,47 @@ def replace_convs(
     if "" in chosen:
         raise ValueError("module must be a model that holds convolutions, got a convolution: use from_conv")
     if not chosen:
-        raise ValueError(f"where must choose at least one convolution larger than 1x1 of the module, got {where!r}")
+        points = [n for n, m in modules.items() if _is_point(m) and id(m) not in own and chooses(n, m)]
+        found = f", which finds 1x1 ones only: {', '.join(points[:3])}" if points else ""
+        raise ValueError(
+            f"where must choose at least one convolution larger than 1x1 of the module, got {where!r}{found}"
+        )
 
     layers = {}
     for name, conv in chosen.items():
-        if isinstance(conv, DeformConv2d):
-            continue
-        if id(conv) not in layers:
+        if not isinstance(conv, DeformConv2d) and id(conv) not in layers:
             if modulated:
                 layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
             else:
                 layer = DeformConv2d.from_conv(conv, offset_groups=offset_groups)
             layer.name = name
             layers[id(conv)] = layer
+    replaced = {name: layers[id(conv)] for name, conv in chosen.items() if id(conv) in layers}
+    if dry_run:
+        _print_plan(replaced)
+        return list(replaced)
+    for name, layer in replaced.items():
         parent, _, child = name.rpartition(".")
-        setattr(modules[parent], child, layers[id(conv)])
+        setattr(modules[parent], child, layer)
         modules[parent].register_load_state_dict_pre_hook(accept_sibling_names)
     _replace_in_lists(modules.values(), layers)
-    return [name for name, conv in chosen.items() if id(conv) in layers]
+    return list(replaced)
+
+
+def _is_point(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
+
+
+def _print_plan(replaced: dict[str, DeformConv2d]) -> None:
+    total = 0
+    for name, layer in replaced.items():
+        added = sum(p.numel() for p in layer.conv_offset.parameters())
+        total += added
+        size = "x".join(map(str, layer.kernel_size))
+        print(
+            f"{name}: {size} {layer.in_channels} -> {layer.out_channels}, {type(layer).__name__}, +{added:,} parameters"
+        )
+    print(f"{len(replaced)} convolutions would become deformable, +{total:,} parameters")
 
 
 def _replace_in_lists(modules, layers: dict[int, nn.Module]) -> None:

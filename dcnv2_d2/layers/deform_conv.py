@@ -84,12 +84,18 @@ class DeformConv2d(nn.Conv2d):
             kwargs: the layer's own arguments: offset_groups, mask_scale.
 
         Raises:
-            ValueError: conv is transposed, already deformable, or pads with something else than a number of zeros.
+            ValueError: conv is transposed, already deformable, pads with something else than a number of zeros, or
+                computes something of its own.
         """
         if not isinstance(conv, nn.Conv2d) or isinstance(conv, DeformConv2d):
             raise ValueError(f"conv must be an nn.Conv2d that is not deformable yet, got {type(conv).__name__}")
         if conv.padding_mode != "zeros":
             raise ValueError(f"conv must pad with zeros, got padding_mode={conv.padding_mode!r}")
+        # Detectron2's own only adds norm and activation. Others pad by the input's size, or standardise the weight.
+        if type(conv).forward is not nn.Conv2d.forward and not type(conv).__module__.startswith("detectron2."):
+            raise ValueError(
+                f"conv must be a plain convolution, got a {type(conv).__name__}, whose own forward would be lost"
+            )
         layer = cls(
             conv.in_channels,
             conv.out_channels,
