@@ -1,4 +1,4 @@
-// Deformable convolution: the sizes of one call, and the checks of its arguments, for every backend.
+// Deformable convolution: the sizes of one call, the checks of its arguments, and where it samples, for every backend.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -6,6 +6,7 @@
 #include <limits>
 #include <optional>
 
+#include "bilinear.h"
 #include "checks.h"
 
 namespace dcnv2 {
@@ -16,10 +17,48 @@ struct DeformConvShape {
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w, dilation_h, dilation_w;
   int64_t groups, offset_groups;
 
-  int64_t taps() const { return kernel_h * kernel_w; }
-  int64_t in_pixels() const { return in_height * in_width; }
-  int64_t out_pixels() const { return out_height * out_width; }
+  DCNV2_HOST_DEVICE int64_t taps() const { return kernel_h * kernel_w; }
+  DCNV2_HOST_DEVICE int64_t in_pixels() const { return in_height * in_width; }
+  DCNV2_HOST_DEVICE int64_t out_pixels() const { return out_height * out_width; }
+  // Where tap (i, j) of the output pixel (ho, wo) samples, in input pixels and before its offset.
+  DCNV2_HOST_DEVICE int64_t tap_y(int64_t ho, int64_t i) const { return ho * stride_h - pad_h + i * dilation_h; }
+  DCNV2_HOST_DEVICE int64_t tap_x(int64_t wo, int64_t j) const { return wo * stride_w - pad_w + j * dilation_w; }
 };
+
+template <typename scalar_t>
+struct ModulatedSample : BilinearSample<scalar_t, int32_t> {
+  scalar_t mask;
+
+  // Of the four neighbours in the column.
+  DCNV2_HOST_DEVICE void column_weights(scalar_t (&w)[4]) const {
+    this->weights(w);
+    for (int i = 0; i < 4; ++i) w[i] *= mask;
+  }
+  // Derivatives by the offset's y and x and by the mask, given the dot products of the column's gradient with the four
+  // neighbours.
+  DCNV2_HOST_DEVICE void derivatives(const scalar_t (&dots)[4], scalar_t& by_y, scalar_t& by_x, scalar_t& by_mask) const {
+    scalar_t w[4];
+    this->weights(w);
+    by_y = mask * this->derivative_y(dots);
+    by_x = mask * this->derivative_x(dots);
+    by_mask = w[0] * dots[0] + w[1] * dots[1] + w[2] * dots[2] + w[3] * dots[3];
+  }
+};
+
+// The sample of one tap at one output pixel. `plane` counts the taps of all offset groups and, if `offset` [2 * planes, Ho * Wo]
+// and `mask` [planes, Ho * Wo] hold a whole batch, of all images; `mask` may be null.
+template <typename scalar_t>
+DCNV2_HOST_DEVICE ModulatedSample<scalar_t> locate_sample(
+    const DeformConvShape& s, const scalar_t* offset, const scalar_t* mask, int64_t plane, int64_t pixel, int64_t tap_y,
+    int64_t tap_x) {
+  const scalar_t* at = offset + 2 * plane * s.out_pixels() + pixel;
+  ModulatedSample<scalar_t> sample;
+  static_cast<BilinearSample<scalar_t, int32_t>&>(sample) = sample_zero_padded<scalar_t, int32_t>(
+      scalar_t(tap_y) + at[0], scalar_t(tap_x) + at[s.out_pixels()], static_cast<int32_t>(s.in_height),
+      static_cast<int32_t>(s.in_width));
+  sample.mask = mask ? mask[plane * s.out_pixels() + pixel] : scalar_t(1);
+  return sample;
+}
 
 // Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.
 inline DeformConvShape check_deform_conv(

@@ -22,9 +22,7 @@ namespace dcnv2 {
 namespace {
 
 template <typename acc_t>
-struct Sample : BilinearSample<acc_t, int32_t> {
-  acc_t mask;
-};
+using Sample = ModulatedSample<acc_t>;
 
 // A run of a slab's channels that share their convolution group, their offset group and, in the backward pass, a thread.
 struct ChannelBlock {
@@ -76,18 +74,14 @@ template <typename acc_t>
 void locate_samples(
     Sample<acc_t>* samples, const DeformConvShape& s, const acc_t* offset, const acc_t* mask, int64_t first, int64_t begin,
     int64_t end) {
-  const int64_t taps = s.taps(), out_pixels = s.out_pixels();
+  const int64_t taps = s.taps();
   for (int64_t p = begin; p < end; ++p) {
     const int64_t pixel = first + p, ho = pixel / s.out_width, wo = pixel % s.out_width;
     for (int64_t k = 0; k < taps; ++k) {
-      const acc_t base_y = ho * s.stride_h - s.pad_h + (k / s.kernel_w) * s.dilation_h;
-      const acc_t base_x = wo * s.stride_w - s.pad_w + (k % s.kernel_w) * s.dilation_w;
+      const int64_t tap_y = s.tap_y(ho, k / s.kernel_w), tap_x = s.tap_x(wo, k % s.kernel_w);
       for (int64_t g = 0; g < s.offset_groups; ++g) {
-        const acc_t* at = offset + (g * taps + k) * 2 * out_pixels + pixel;
-        Sample<acc_t>& sample = samples[(p * taps + k) * s.offset_groups + g];
-        static_cast<BilinearSample<acc_t, int32_t>&>(sample) =
-            sample_zero_padded<acc_t, int32_t>(base_y + at[0], base_x + at[out_pixels], s.in_height, s.in_width);
-        sample.mask = mask ? mask[(g * taps + k) * out_pixels + pixel] : acc_t(1);
+        samples[(p * taps + k) * s.offset_groups + g] =
+            locate_sample(s, offset, mask, g * taps + k, pixel, tap_y, tap_x);
       }
     }
   }
@@ -103,8 +97,8 @@ DCNV2_MULTIVERSION void sample_columns(
     for (const ChannelBlock& block : slab.blocks) {
       const Sample<acc_t>& sample = samples[row * offset_groups + block.offset_group];
       acc_t w[4];
-      sample.weights(w);
-      const acc_t w0 = w[0] * sample.mask, w1 = w[1] * sample.mask, w2 = w[2] * sample.mask, w3 = w[3] * sample.mask;
+      sample.column_weights(w);
+      const acc_t w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
       const acc_t* v0 = map + int64_t(sample.index[0]) * slab.size + block.begin;
       const acc_t* v1 = map + int64_t(sample.index[1]) * slab.size + block.begin;
       const acc_t* v2 = map + int64_t(sample.index[2]) * slab.size + block.begin;
@@ -129,8 +123,8 @@ DCNV2_MULTIVERSION void backward_block(
   for (int64_t row = 0; row < pixels * taps; ++row) {
     const Sample<acc_t>& sample = samples[row * offset_groups + block.offset_group];
     acc_t w[4];
-    sample.weights(w);
-    const acc_t w0 = w[0] * sample.mask, w1 = w[1] * sample.mask, w2 = w[2] * sample.mask, w3 = w[3] * sample.mask;
+    sample.column_weights(w);
+    const acc_t w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
     const int64_t i0 = int64_t(sample.index[0]) * slab.size + block.begin, i1 = int64_t(sample.index[1]) * slab.size + block.begin;
     const int64_t i2 = int64_t(sample.index[2]) * slab.size + block.begin, i3 = int64_t(sample.index[3]) * slab.size + block.begin;
     const acc_t *v0 = map + i0, *v1 = map + i1, *v2 = map + i2, *v3 = map + i3;
@@ -172,16 +166,12 @@ void add_sample_gradients(
           for (; b < slab.blocks.size() && slab.blocks[b].offset_group == g; ++b) {
             for (int i = 0; i < 4; ++i) sum[i] += dots[(b * rows + row) * 4 + i];
           }
-          const Sample<acc_t>& sample = samples[row * s.offset_groups + g];
-          acc_t w[4];
-          sample.weights(w);
+          acc_t by_y, by_x, by_mask;
+          samples[row * s.offset_groups + g].derivatives(sum, by_y, by_x, by_mask);
           acc_t* at = offset_grad + (g * taps + k) * 2 * out_pixels + first + p;
-          at[0] += sample.mask * sample.derivative_y(sum);
-          at[out_pixels] += sample.mask * sample.derivative_x(sum);
-          if (mask_grad) {
-            mask_grad[(g * taps + k) * out_pixels + first + p] +=
-                w[0] * sum[0] + w[1] * sum[1] + w[2] * sum[2] + w[3] * sum[3];
-          }
+          at[0] += by_y;
+          at[out_pixels] += by_x;
+          if (mask_grad) mask_grad[(g * taps + k) * out_pixels + first + p] += by_mask;
         }
       }
     }

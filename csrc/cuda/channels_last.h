@@ -1,0 +1,159 @@
+// What the CUDA kernels share: maps laid out pixel by pixel, so that the neighbours of a sample are contiguous channel vectors,
+// read 16 bytes at a time.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <c10/cuda/CUDAException.h>
+#include <c10/cuda/CUDAStream.h>
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <type_traits>
+
+namespace dcnv2 {
+
+constexpr int kThreads = 256;
+constexpr int kWarp = 32;
+constexpr unsigned kWholeWarp = 0xffffffff;
+constexpr int kTile = 32;
+
+// Calls fn(scalar, accumulator) with a zero of each type.
+template <typename fn_t>
+auto dispatch(const char* op, at::ScalarType type, const fn_t& fn) {
+  switch (type) {
+    case at::kDouble: return fn(double(), double());
+    case at::kFloat: return fn(float(), float());
+    case at::kBFloat16: return fn(at::BFloat16(), float());
+    case at::kHalf: return fn(at::Half(), float());
+    default: TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
+  }
+}
+
+// Calls fn(std::integral_constant<int, channels that are read at once>): 16 bytes where `aligned` channels and `data` allow it.
+template <typename scalar_t, typename fn_t>
+void dispatch_vector(int64_t aligned, const void* data, const fn_t& fn) {
+  constexpr int vec = 16 / sizeof(scalar_t);
+  if (aligned % vec == 0 && reinterpret_cast<uintptr_t>(data) % 16 == 0) {
+    fn(std::integral_constant<int, vec>());
+  } else {
+    fn(std::integral_constant<int, 1>());
+  }
+}
+
+inline unsigned blocks_for(int64_t work, int64_t per_block) {
+  return static_cast<unsigned>((work + per_block - 1) / per_block);
+}
+
+template <typename scalar_t, int vec>
+struct alignas(sizeof(scalar_t) * vec) Vector {
+  scalar_t at[vec];
+};
+
+template <int vec, typename scalar_t, typename acc_t>
+__device__ __forceinline__ void load(acc_t (&values)[vec], const scalar_t* from) {
+  const auto vector = *reinterpret_cast<const Vector<scalar_t, vec>*>(from);
+#pragma unroll
+  for (int i = 0; i < vec; ++i) values[i] = static_cast<acc_t>(vector.at[i]);
+}
+
+template <int vec, typename scalar_t, typename acc_t>
+__device__ __forceinline__ void store(scalar_t* to, const acc_t (&values)[vec]) {
+  Vector<scalar_t, vec> vector;
+#pragma unroll
+  for (int i = 0; i < vec; ++i) vector.at[i] = static_cast<scalar_t>(values[i]);
+  *reinterpret_cast<Vector<scalar_t, vec>*>(to) = vector;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool kAddsFourAtOnce = true;
+__device__ __forceinline__ void atomic_add_four(float* to, float a, float b, float c, float d) {
+  atomicAdd(reinterpret_cast<float4*>(to), make_float4(a, b, c, d));
+}
+#else
+constexpr bool kAddsFourAtOnce = false;
+__device__ void atomic_add_four(float*, float, float, float, float);  // never called
+#endif
+
+// to[i] += factor * values[i]
+template <int vec, typename acc_t>
+__device__ __forceinline__ void atomic_add(acc_t* to, acc_t factor, const acc_t (&v)[vec]) {
+  if constexpr (kAddsFourAtOnce && std::is_same_v<acc_t, float> && vec % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < vec; i += 4) {
+      atomic_add_four(to + i, factor * v[i], factor * v[i + 1], factor * v[i + 2], factor * v[i + 3]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < vec; ++i) atomicAdd(to + i, factor * v[i]);
+  }
+}
+
+// The sum over each run of `width` lanes, in its first lane. Every lane of the warp must come here.
+template <typename acc_t>
+__device__ __forceinline__ acc_t lane_sum(acc_t value, int width) {
+  for (int distance = width / 2; distance > 0; distance /= 2) {
+    value += __shfl_down_sync(kWholeWarp, value, distance, width);
+  }
+  return value;
+}
+
+// out [batch, columns, rows] = in [batch, rows, columns]
+template <typename out_t, typename in_t>
+__global__ void __launch_bounds__(kThreads)
+    transpose_kernel(out_t* __restrict__ out, const in_t* __restrict__ in, int64_t rows, int64_t columns) {
+  __shared__ in_t tile[kTile][kTile + 1];  // + 1: a column of the tile lies in 32 different banks
+  const int64_t across = (columns + kTile - 1) / kTile, down = (rows + kTile - 1) / kTile;
+  const int64_t image = blockIdx.x / (across * down), rest = blockIdx.x % (across * down);
+  const int64_t row = rest / across * kTile, column = rest % across * kTile;
+  in += image * rows * columns;
+  out += image * rows * columns;
+  for (int i = threadIdx.y; i < kTile; i += blockDim.y) {
+    if (row + i < rows && column + threadIdx.x < columns) {
+      tile[i][threadIdx.x] = in[(row + i) * columns + column + threadIdx.x];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.y; i < kTile; i += blockDim.y) {
+    if (column + i < columns && row + threadIdx.x < rows) {
+      out[(column + i) * rows + row + threadIdx.x] = static_cast<out_t>(tile[threadIdx.x][i]);
+    }
+  }
+}
+
+// torch's copy between the two layouts reads or writes one of them element by element; this one reads and writes runs of 32.
+template <typename out_t, typename in_t>
+void transpose(const at::Tensor& out, const at::Tensor& in, int64_t batch, int64_t rows, int64_t columns) {
+  const int64_t blocks = batch * ((rows + kTile - 1) / kTile) * ((columns + kTile - 1) / kTile);
+  if (blocks == 0) return;
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  transpose_kernel<out_t, in_t><<<static_cast<unsigned>(blocks), dim3(kTile, kThreads / kTile), 0, stream>>>(
+      out.data_ptr<out_t>(), in.const_data_ptr<in_t>(), rows, columns);
+  C10_CUDA_KERNEL_LAUNCH_CHECK();
+}
+
+// [N, C, H, W] -> [N, H * W, C], without a copy where the layout already is that one
+template <typename scalar_t>
+at::Tensor to_rows(const at::Tensor& t) {
+  const at::Tensor dense = t.contiguous(t.suggest_memory_format());
+  const int64_t pixels = t.size(2) * t.size(3), channels = t.size(1);
+  if (dense.stride(1) == 1) return dense.permute({0, 2, 3, 1}).reshape({t.size(0), pixels, channels});
+  at::Tensor rows = at::empty({t.size(0), pixels, channels}, t.options());
+  transpose<scalar_t, scalar_t>(rows, dense, t.size(0), channels, pixels);
+  return rows;
+}
+
+// The way back, from accumulators too: `rows` [N, H * W, C] into a tensor of the given sizes and layout
+template <typename scalar_t, typename rows_t>
+at::Tensor from_rows(const at::Tensor& rows, at::IntArrayRef sizes, at::MemoryFormat layout) {
+  const auto type = c10::CppTypeToScalarType<scalar_t>::value;
+  if (layout == at::MemoryFormat::ChannelsLast) {
+    return rows.view({sizes[0], sizes[2], sizes[3], sizes[1]}).permute({0, 3, 1, 2}).to(type);
+  }
+  at::Tensor result = at::empty(sizes, rows.options().dtype(type));
+  transpose<scalar_t, rows_t>(result, rows, sizes[0], sizes[2] * sizes[3], sizes[1]);
+  return result;
+}
+
+}  // namespace dcnv2
