@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+
 #include <cstdint>
 #include <limits>
 #include <optional>
@@ -36,7 +37,8 @@ struct ModulatedSample : BilinearSample<scalar_t, int32_t> {
   }
   // Derivatives by the offset's y and x and by the mask, given the dot products of the column's gradient with the four
   // neighbours.
-  DCNV2_HOST_DEVICE void derivatives(const scalar_t (&dots)[4], scalar_t& by_y, scalar_t& by_x, scalar_t& by_mask) const {
+  DCNV2_HOST_DEVICE void derivatives(
+      const scalar_t (&dots)[4], scalar_t& by_y, scalar_t& by_x, scalar_t& by_mask) const {
     scalar_t w[4];
     this->weights(w);
     by_y = mask * this->derivative_y(dots);
@@ -45,8 +47,8 @@ struct ModulatedSample : BilinearSample<scalar_t, int32_t> {
   }
 };
 
-// The sample of one tap at one output pixel. `plane` counts the taps of all offset groups and, if `offset` [2 * planes, Ho * Wo]
-// and `mask` [planes, Ho * Wo] hold a whole batch, of all images; `mask` may be null.
+// The sample of one tap at one output pixel. `plane` counts the taps of all offset groups and, if `offset` [2 * planes,
+// Ho * Wo] and `mask` [planes, Ho * Wo] hold a whole batch, of all images; `mask` may be null.
 template <typename scalar_t>
 DCNV2_HOST_DEVICE ModulatedSample<scalar_t> locate_sample(
     const DeformConvShape& s, const scalar_t* offset, const scalar_t* mask, int64_t plane, int64_t pixel, int64_t tap_y,
@@ -72,20 +74,19 @@ inline DeformConvShape check_deform_conv(
   check_same_dtype(op, weight, input, "weight");
   TORCH_CHECK_VALUE(input.dim() == 4, op, ": input must have the shape [N, C, H, W], got ", input.sizes());
   TORCH_CHECK_VALUE(
-      input.size(2) * input.size(3) < std::numeric_limits<int32_t>::max(),
-      op, ": input must have fewer than 2**31 pixels an image, got ", input.sizes());
+      input.size(2) * input.size(3) < std::numeric_limits<int32_t>::max(), op,
+      ": input must have fewer than 2**31 pixels an image, got ", input.sizes());
   TORCH_CHECK_VALUE(
-      weight.dim() == 4 && weight.numel() > 0,
-      op, ": weight must have the shape [O, C / groups, kh, kw], none of them 0, got ", weight.sizes());
+      weight.dim() == 4 && weight.numel() > 0, op,
+      ": weight must have the shape [O, C / groups, kh, kw], none of them 0, got ", weight.sizes());
   TORCH_CHECK_VALUE(
-      stride.size() == 2 && stride[0] > 0 && stride[1] > 0, op, ": stride must be two numbers above 0, got ",
-      stride);
+      stride.size() == 2 && stride[0] > 0 && stride[1] > 0, op, ": stride must be two numbers above 0, got ", stride);
   TORCH_CHECK_VALUE(
-      padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0,
-      op, ": padding must be two numbers not below 0, got ", padding);
+      padding.size() == 2 && padding[0] >= 0 && padding[1] >= 0, op, ": padding must be two numbers not below 0, got ",
+      padding);
   TORCH_CHECK_VALUE(
-      dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0,
-      op, ": dilation must be two numbers above 0, got ", dilation);
+      dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0, op, ": dilation must be two numbers above 0, got ",
+      dilation);
 
   DeformConvShape s;
   s.batch = input.size(0), s.in_channels = input.size(1), s.in_height = input.size(2), s.in_width = input.size(3);
@@ -111,14 +112,16 @@ inline DeformConvShape check_deform_conv(
   s.out_width = free_w / s.stride_w + 1;
 
   TORCH_CHECK_VALUE(
-      offset.dim() == 4 && offset.size(1) > 0 && offset.size(1) % (2 * s.taps()) == 0,
-      op, ": offset must have the shape [N, 2 * offset_groups * kh * kw, Ho, Wo], a multiple of ",
-      2 * s.taps(), " channels, got ", offset.sizes());
+      offset.dim() == 4 && offset.size(1) > 0 && offset.size(1) % (2 * s.taps()) == 0, op,
+      ": offset must have the shape [N, 2 * offset_groups * kh * kw, Ho, Wo], a multiple of ", 2 * s.taps(),
+      " channels, got ", offset.sizes());
   s.offset_groups = offset.size(1) / (2 * s.taps());
   TORCH_CHECK_VALUE(
-      s.in_channels % s.offset_groups == 0, op, ": offset must have channels for a number of offset groups that "
-      "divides the ", s.in_channels, " channels of input, got ", offset.size(1), " channels, which make ",
-      s.offset_groups, " offset groups");
+      s.in_channels % s.offset_groups == 0, op,
+      ": offset must have channels for a number of offset groups that "
+      "divides the ",
+      s.in_channels, " channels of input, got ", offset.size(1), " channels, which make ", s.offset_groups,
+      " offset groups");
   check_sizes(
       op, offset, {s.batch, 2 * s.offset_groups * s.taps(), s.out_height, s.out_width}, "offset",
       "[N, 2 * offset_groups * kh * kw, Ho, Wo]");

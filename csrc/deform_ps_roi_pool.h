@@ -3,7 +3,9 @@
 // sample_clamped with the reach below, and divides by the number of those that it does not refuse.
 #pragma once
 
-#include "deform_roi_pool.h"
+#include <cmath>
+
+#include "roi_bins.h"
 
 namespace dcnv2 {
 
@@ -16,12 +18,25 @@ struct DeformPSRoIPoolShape {
   int64_t classes, part_h, part_w;  // of the offset [K, 2 * classes, part_h, part_w]; without one: 1, Ph, Pw
   double spatial_scale, gamma;
 
-  DCNV2_HOST_DEVICE int64_t pixels() const { return height * width; }
-  DCNV2_HOST_DEVICE int64_t bins() const { return pooled_h * pooled_w; }
   DCNV2_HOST_DEVICE int64_t groups() const { return group_size * group_size; }
   DCNV2_HOST_DEVICE int64_t out_channels() const { return channels / groups(); }
-  DCNV2_HOST_DEVICE int64_t class_channels() const { return out_channels() / classes; }
   DCNV2_HOST_DEVICE int64_t parts() const { return part_h * part_w; }
+
+  PoolSizes sizes() const {
+    return {
+        "deform_ps_roi_pool",
+        batch,
+        groups(),
+        out_channels(),
+        classes,
+        height,
+        width,
+        boxes,
+        pooled_h,
+        pooled_w,
+        parts(),
+        reach};
+  }
 
   // The group that serves the bin (ph, pw): channel c of the output reads channel c * groups() + group(ph, pw) of the
   // input.
@@ -85,5 +100,22 @@ struct PSBoxAxis {
     return {begin + size * shift + scalar_t(index) * length, length / scalar_t(sampling_ratio), 0, sampling_ratio};
   }
 };
+
+template <typename scalar_t>
+DCNV2_HOST_DEVICE PoolBin<scalar_t> locate_bin(
+    const DeformPSRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t c) {
+  const scalar_t* box = p.boxes + k * 5;
+  const scalar_t scale = static_cast<scalar_t>(s.spatial_scale), gamma = static_cast<scalar_t>(s.gamma);
+  const PSBoxAxis<scalar_t> x(box[1], box[3], scale), y(box[2], box[4], scale);
+  const int64_t ph = bin / s.pooled_w, pw = bin % s.pooled_w, index = s.offset_index(k, c, ph, pw);
+  return {
+      static_cast<int64_t>(box[0]) * s.groups() + s.group(ph, pw),
+      index,
+      gamma * y.size,
+      gamma * x.size,
+      y.bin(ph, s.pooled_h, gamma * p.offset_at(index + s.parts()), s.sampling_ratio),
+      x.bin(pw, s.pooled_w, gamma * p.offset_at(index), s.sampling_ratio),
+      scalar_t(0)};
+}
 
 }  // namespace dcnv2

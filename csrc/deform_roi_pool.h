@@ -1,15 +1,10 @@
-// Deformable RoI pooling: the sizes of one call, the checks of its arguments, and the geometry of a box, for every backend.
+// Deformable RoI pooling: the sizes of one call, the checks of its arguments, and the geometry of a box, for every
+// backend.
 #pragma once
 
-#include <ATen/core/Tensor.h>
-
 #include <cmath>
-#include <cstdint>
-#include <limits>
-#include <optional>
 
-#include "bilinear.h"
-#include "checks.h"
+#include "roi_bins.h"
 
 namespace dcnv2 {
 
@@ -19,40 +14,11 @@ struct DeformRoIPoolShape {
   int64_t sampling_ratio;
   double spatial_scale, gamma;
 
-  int64_t pixels() const { return height * width; }
-  int64_t bins() const { return pooled_h * pooled_w; }
+  DCNV2_HOST_DEVICE int64_t bins() const { return pooled_h * pooled_w; }
+  PoolSizes sizes() const {
+    return {"deform_roi_pool", batch, 1, channels, 1, height, width, boxes, pooled_h, pooled_w, bins(), 1.0};
+  }
 };
-
-// The checks that every RoI pooling makes.
-inline void check_roi_pool(
-    const char* op, const at::Tensor& input, const at::Tensor& boxes, at::IntArrayRef output_size, double spatial_scale) {
-  check_floating(op, input, "input");
-  check_floating(op, boxes, "boxes");
-  check_same_device(op, boxes, input, "boxes");
-  TORCH_CHECK_VALUE(input.dim() == 4, op, ": input must have the shape [N, C, H, W], got ", input.sizes());
-  TORCH_CHECK_VALUE(
-      boxes.dim() == 2 && boxes.size(1) == 5, op, ": boxes must have the shape [K, 5] (batch index, x1, y1, x2, y2), got ",
-      boxes.sizes());
-  TORCH_CHECK_VALUE(
-      input.size(2) * input.size(3) > 0 || boxes.size(0) == 0, op, ": input must have pixels to pool from, got ",
-      input.sizes());
-  TORCH_CHECK_VALUE(
-      input.size(2) * input.size(3) < std::numeric_limits<int32_t>::max(), op,
-      ": input must have fewer than 2**31 pixels an image, got ", input.sizes());
-  TORCH_CHECK_VALUE(
-      output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0, op,
-      ": output_size must be two numbers above 0, got ", output_size);
-  TORCH_CHECK_VALUE(spatial_scale > 0, op, ": spatial_scale must be above 0, got ", spatial_scale);
-}
-
-inline void check_pool_mask(
-    const char* op, const std::optional<at::Tensor>& mask, const at::Tensor& input, int64_t boxes,
-    at::IntArrayRef output_size) {
-  if (!mask.has_value()) return;
-  check_floating(op, *mask, "mask");
-  check_same_device(op, *mask, input, "mask");
-  check_sizes(op, *mask, {boxes, 1, output_size[0], output_size[1]}, "mask", "[K, 1, Ph, Pw]");
-}
 
 // Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.
 inline DeformRoIPoolShape check_deform_roi_pool(
@@ -61,9 +27,8 @@ inline DeformRoIPoolShape check_deform_roi_pool(
     double gamma) {
   constexpr const char* op = "deform_roi_pool";
   check_roi_pool(op, input, boxes, output_size, spatial_scale);
-  const DeformRoIPoolShape s{
-      input.size(0),  input.size(1),  input.size(2),  input.size(3), boxes.size(0),
-      output_size[0], output_size[1], sampling_ratio, spatial_scale, gamma};
+  const DeformRoIPoolShape s{input.size(0),  input.size(1),  input.size(2),  input.size(3), boxes.size(0),
+                             output_size[0], output_size[1], sampling_ratio, spatial_scale, gamma};
   if (offset.has_value()) {
     check_floating(op, *offset, "offset");
     check_same_device(op, *offset, input, "offset");
@@ -73,20 +38,12 @@ inline DeformRoIPoolShape check_deform_roi_pool(
   return s;
 }
 
-// One axis of one bin: its samples, of which only those that can lie on the map are visited.
-template <typename scalar_t>
-struct BinAxis {
-  scalar_t start, step;  // of its samples
-  int64_t first, last;   // the samples first .. last - 1
-
-  DCNV2_HOST_DEVICE scalar_t at(int64_t i) const { return start + scalar_t(i) * step; }
-};
-
 // One axis of one box, in pixels of the map.
 template <typename scalar_t>
 struct BoxAxis {
   scalar_t begin, size;
-  scalar_t grid;  // samples a bin; a whole number, but perhaps too large for an integer, or negative for an inverted box
+  scalar_t
+      grid;  // samples a bin; a whole number, but perhaps too large for an integer, or negative for an inverted box
 
   DCNV2_HOST_DEVICE BoxAxis(scalar_t low, scalar_t high, scalar_t scale, int64_t sampling_ratio, int64_t bins) {
     begin = low * scale - scalar_t(0.5);
@@ -113,5 +70,24 @@ struct BoxAxis {
     return axis;
   }
 };
+
+template <typename scalar_t>
+DCNV2_HOST_DEVICE PoolBin<scalar_t> locate_bin(
+    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t /* class */) {
+  const scalar_t* box = p.boxes + k * 5;
+  const scalar_t scale = static_cast<scalar_t>(s.spatial_scale), gamma = static_cast<scalar_t>(s.gamma);
+  const BoxAxis<scalar_t> x(box[1], box[3], scale, s.sampling_ratio, s.pooled_w);
+  const BoxAxis<scalar_t> y(box[2], box[4], scale, s.sampling_ratio, s.pooled_h);
+  const int64_t index = 2 * k * s.bins() + bin;
+  const scalar_t samples = y.grid * x.grid;
+  return {
+      static_cast<int64_t>(box[0]),
+      index,
+      gamma * y.size,
+      gamma * x.size,
+      y.bin(bin / s.pooled_w, s.pooled_h, gamma * p.offset_at(index + s.bins()), s.height),
+      x.bin(bin % s.pooled_w, s.pooled_w, gamma * p.offset_at(index), s.width),
+      samples > 1 ? samples : scalar_t(1)};
+}
 
 }  // namespace dcnv2

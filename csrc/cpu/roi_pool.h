@@ -14,84 +14,23 @@
 #include <type_traits>
 #include <vector>
 
-#include "bilinear.h"
 #include "cpu/channels_last.h"
-#include "deform_roi_pool.h"
+#include "roi_bins.h"
 
 namespace dcnv2 {
-
-// One bin, for the channels of one class (which share their offsets).
-template <typename acc_t>
-struct PoolBin {
-  int64_t plane;         // of the map
-  int64_t offset_index;  // where its x offset lies
-  acc_t move_y, move_x;  // how far an offset of 1 moves it, in pixels
-  BinAxis<acc_t> y, x;
-  acc_t samples;  // what the sum is divided by; 0 stands for the number of samples that are not outside
-};
-
-// The sizes that the loops need. `channels` are those of the result; the map has `groups` planes an image, of as many
-// channels each; the y offsets lie `offset_stride` after the x offsets.
-struct PoolSizes {
-  const char* op;
-  int64_t batch, groups, channels, classes, height, width;
-  int64_t boxes, pooled_h, pooled_w, offset_stride;
-  double reach;
-
-  int64_t pixels() const { return height * width; }
-  int64_t bins() const { return pooled_h * pooled_w; }
-};
-
-// One axis of a bin: the pixels that its samples touch, with the sum of their weights and the derivative of that sum.
-template <typename acc_t>
-struct AxisStencil {
-  struct Entry {
-    int64_t pixel;
-    acc_t weight, slope;
-  };
-  std::vector<Entry> entries;
-  int64_t samples = 0;  // that are not outside
-
-  void locate(const BinAxis<acc_t>& axis, int64_t extent, acc_t reach) {
-    entries.clear();
-    samples = 0;
-    for (int64_t n = 0; n < axis.last - axis.first; ++n) {
-      // From the first pixel on, also in an inverted box: a pixel that is there already is one of the last two.
-      const int64_t i = axis.step < 0 ? axis.last - 1 - n : axis.first + n;
-      AxisSample<acc_t, int32_t> sample;
-      if (!clamp_to_axis<acc_t, int32_t>(axis.at(i), extent, reach, sample)) continue;
-      ++samples;
-      const bool between = sample.high > sample.low;
-      add(sample.low, 1 - sample.distance, between ? -1 : 0);
-      if (between) add(sample.high, sample.distance, 1);
-    }
-  }
-
- private:
-  void add(int64_t pixel, acc_t weight, acc_t slope) {
-    for (size_t back = 1; back <= std::min<size_t>(entries.size(), 2); ++back) {
-      Entry& entry = entries[entries.size() - back];
-      if (entry.pixel != pixel) continue;
-      entry.weight += weight;
-      entry.slope += slope;
-      return;
-    }
-    entries.push_back({pixel, weight, slope});
-  }
-};
 
 // The pixels of one bin, by their place in the map (in elements), and their weights.
 template <typename acc_t>
 struct BinStencil {
-  AxisStencil<acc_t> rows, columns;
+  AxisStencil<acc_t, std::vector<StencilEntry<acc_t>>> rows, columns;
   std::vector<int64_t> places;
   std::vector<acc_t> weights;
   acc_t samples = 0;
 
   // False for a bin without samples, which is zero. `factor` goes into the weights.
   bool locate(const PoolBin<acc_t>& bin, const PoolSizes& s, acc_t factor, int64_t first_channel) {
-    rows.locate(bin.y, s.height, static_cast<acc_t>(s.reach));
-    columns.locate(bin.x, s.width, static_cast<acc_t>(s.reach));
+    rows.locate(bin.y, bin.y.first, bin.y.last, s.height, static_cast<acc_t>(s.reach));
+    columns.locate(bin.x, bin.x.first, bin.x.last, s.width, static_cast<acc_t>(s.reach));
     places.clear();
     weights.clear();
     if (rows.samples == 0 || columns.samples == 0) return false;
@@ -184,7 +123,7 @@ struct PoolCall {
     if (offset_.has_value()) offset = offset_->to(options).contiguous();
     if (mask_.has_value()) mask = mask_->to(options).contiguous();
     for (int64_t k = 0; k < s.boxes; ++k) {
-      const acc_t index = box(k)[0];
+      const acc_t index = boxes.const_data_ptr<acc_t>()[k * 5];
       TORCH_CHECK_VALUE(
           index >= 0 && index < acc_t(s.batch), s.op, ": boxes must have a batch index from 0 to ", s.batch - 1,
           " in their first column, got ", index, " in row ", k);
@@ -204,8 +143,9 @@ struct PoolCall {
     });
   }
 
-  const acc_t* box(int64_t k) const { return boxes.const_data_ptr<acc_t>() + k * 5; }
-  acc_t offset_at(int64_t index) const { return offset.defined() ? offset.const_data_ptr<acc_t>()[index] : acc_t(0); }
+  PoolArguments<acc_t> arguments() const {
+    return {boxes.const_data_ptr<acc_t>(), offset.defined() ? offset.const_data_ptr<acc_t>() : nullptr};
+  }
   acc_t mask_of(int64_t bin) const { return mask.defined() ? mask.const_data_ptr<acc_t>()[bin] : acc_t(1); }
 
   // The gradient of the map as a tensor of the size and layout of `input`
@@ -238,11 +178,12 @@ struct PoolCall {
   }
 };
 
-// locate(call, box, bin, class) -> PoolBin
-template <typename scalar_t, typename acc_t, typename locate_t>
+// `shape` is what locate_bin takes.
+template <typename scalar_t, typename acc_t, typename shape_t>
 at::Tensor pool_forward(
-    const PoolSizes& s, const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
-    const std::optional<at::Tensor>& mask, const locate_t& locate) {
+    const shape_t& shape, const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
+    const std::optional<at::Tensor>& mask) {
+  const PoolSizes s = shape.sizes();
   const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
   const at::MemoryFormat layout = input.suggest_memory_format();
   const bool last = layout == at::MemoryFormat::ChannelsLast, direct = last && std::is_same_v<scalar_t, acc_t>;
@@ -250,6 +191,7 @@ at::Tensor pool_forward(
       at::empty({s.boxes, s.channels, s.pooled_h, s.pooled_w}, input.options().memory_format(layout));
   advise_large_pages(pooled);
   const acc_t* map = call.map.template const_data_ptr<acc_t>();
+  const PoolArguments<acc_t> arguments = call.arguments();
   scalar_t* const data = pooled.data_ptr<scalar_t>();
   const int64_t class_channels = s.channels / s.classes;
   at::parallel_for(0, s.boxes, 1, [&](int64_t begin, int64_t end) {
@@ -262,7 +204,8 @@ at::Tensor pool_forward(
       if constexpr (std::is_same_v<scalar_t, acc_t>) rows = direct ? box_data : rows;
       for (int64_t bin = 0; bin < s.bins(); ++bin) {
         for (int64_t c = 0; c < s.channels; c += class_channels) {
-          stencil.locate(locate(call, k, bin, c / class_channels), s, call.mask_of(k * s.bins() + bin), c);
+          stencil.locate(
+              locate_bin(shape, arguments, k, bin, c / class_channels), s, call.mask_of(k * s.bins() + bin), c);
           add_up_pixels(
               rows + bin * stride + c, map, stencil.places.data(), stencil.weights.data(), stencil.places.size(),
               class_channels);
@@ -278,11 +221,11 @@ at::Tensor pool_forward(
 
 using PoolGradients = std::tuple<at::Tensor, at::Tensor, at::Tensor>;
 
-template <typename scalar_t, typename acc_t, typename locate_t>
+template <typename scalar_t, typename acc_t, typename shape_t>
 PoolGradients pool_backward(
-    const PoolSizes& s, const at::Tensor& grad, const at::Tensor& input, const at::Tensor& boxes,
-    const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& mask, std::array<bool, 3> wanted,
-    const locate_t& locate) {
+    const shape_t& shape, const at::Tensor& grad, const at::Tensor& input, const at::Tensor& boxes,
+    const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& mask, std::array<bool, 3> wanted) {
+  const PoolSizes s = shape.sizes();
   const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
   wanted[1] = wanted[1] && offset.has_value();
   wanted[2] = wanted[2] && mask.has_value();
@@ -298,6 +241,7 @@ PoolGradients pool_backward(
   const at::Tensor offset_sums = at::zeros({blocks, wanted[1] ? offset->numel() : 0}, call.options);
   const at::Tensor mask_sums = at::zeros({blocks, wanted[2] ? mask->numel() : 0}, call.options);
   const acc_t* map = call.map.template const_data_ptr<acc_t>();
+  const PoolArguments<acc_t> arguments = call.arguments();
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     BinStencil<acc_t> stencil;
     std::vector<acc_t> rows(s.bins() * spaced(block)), dots;
@@ -314,7 +258,7 @@ PoolGradients pool_backward(
           const acc_t mask_value = call.mask_of(k * s.bins() + bin);
           for (int64_t c = first, c_end; c < last; c = c_end) {
             c_end = std::min(last, (c / class_channels + 1) * class_channels);
-            const PoolBin<acc_t> at = locate(call, k, bin, c / class_channels);
+            const PoolBin<acc_t> at = locate_bin(shape, arguments, k, bin, c / class_channels);
             if (!stencil.locate(at, s, mask_value, c)) continue;
             const acc_t* g = rows.data() + bin * spaced(block) + c - first;
             const int64_t count = stencil.places.size();

@@ -1,5 +1,5 @@
-// What the CUDA kernels share: maps laid out pixel by pixel, so that the neighbours of a sample are contiguous channel vectors,
-// read 16 bytes at a time.
+// What the CUDA kernels share: maps laid out pixel by pixel, so that the neighbours of a sample are contiguous channel
+// vectors, read 16 bytes at a time.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -23,15 +23,21 @@ constexpr int kTile = 32;
 template <typename fn_t>
 auto dispatch(const char* op, at::ScalarType type, const fn_t& fn) {
   switch (type) {
-    case at::kDouble: return fn(double(), double());
-    case at::kFloat: return fn(float(), float());
-    case at::kBFloat16: return fn(at::BFloat16(), float());
-    case at::kHalf: return fn(at::Half(), float());
-    default: TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
+    case at::kDouble:
+      return fn(double(), double());
+    case at::kFloat:
+      return fn(float(), float());
+    case at::kBFloat16:
+      return fn(at::BFloat16(), float());
+    case at::kHalf:
+      return fn(at::Half(), float());
+    default:
+      TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
   }
 }
 
-// Calls fn(std::integral_constant<int, channels that are read at once>): 16 bytes where `aligned` channels and `data` allow it.
+// Calls fn(std::integral_constant<int, channels that are read at once>): 16 bytes where `aligned` channels and `data`
+// allow it.
 template <typename scalar_t, typename fn_t>
 void dispatch_vector(int64_t aligned, const void* data, const fn_t& fn) {
   constexpr int vec = 16 / sizeof(scalar_t);
@@ -122,7 +128,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// torch's copy between the two layouts reads or writes one of them element by element; this one reads and writes runs of 32.
+// torch's copy between the two layouts reads or writes one of them element by element; this one reads and writes runs
+// of 32.
 template <typename out_t, typename in_t>
 void transpose(const at::Tensor& out, const at::Tensor& in, int64_t batch, int64_t rows, int64_t columns) {
   const int64_t blocks = batch * ((rows + kTile - 1) / kTile) * ((columns + kTile - 1) / kTile);

@@ -1,9 +1,9 @@
 // Deformable convolution on a GPU, forward and backward.
 //
-// The output pixels of the whole batch are taken in tiles. A tile is sampled into columns, which one batched matrix product of
-// torch's own (cuBLAS) multiplies with the weights of every group; so memory beyond the results is bounded, whatever the size of the
-// image or the batch. A block of threads first computes the positions and the bilinear weights of its samples, once for all
-// channels; then neighbouring threads take neighbouring channels of each sample.
+// The output pixels of the whole batch are taken in tiles. A tile is sampled into columns, which one batched matrix
+// product of torch's own (cuBLAS) multiplies with the weights of every group; so memory beyond the results is bounded,
+// whatever the size of the image or the batch. A block of threads first computes the positions and the bilinear weights
+// of its samples, once for all channels; then neighbouring threads take neighbouring channels of each sample.
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
@@ -25,7 +25,8 @@
 namespace dcnv2 {
 namespace {
 
-constexpr int64_t kWorkspace = 64 << 20;  // bytes of columns: enough pixels to fill a large GPU; not tuned yet (docs/gpu.md)
+constexpr int64_t kWorkspace =
+    64 << 20;                 // bytes of columns: enough pixels to fill a large GPU; not tuned yet (docs/gpu.md)
 constexpr int kSamples = 64;  // of a block of threads: kPixels neighbouring pixels at kSamples / kPixels taps
 constexpr int kPixels = 16;
 
@@ -64,7 +65,8 @@ __device__ void locate_samples(
 }
 
 // Where the columns [groups, rows, taps, C / groups] hold a channel of a sample.
-__device__ __forceinline__ int64_t column_index(const DeformConvShape& s, int64_t rows, int64_t column, int64_t channel) {
+__device__ __forceinline__ int64_t
+column_index(const DeformConvShape& s, int64_t rows, int64_t column, int64_t channel) {
   const int64_t per_group = s.in_channels / s.groups, group = s.groups == 1 ? 0 : channel / per_group;
   return (group * rows * s.taps() + column) * per_group + channel - group * per_group;
 }
@@ -103,8 +105,8 @@ __global__ void __launch_bounds__(kThreads) sample_columns_kernel(
   }
 }
 
-// On entry `columns` [groups, rows, taps, C / groups] holds the gradient of the columns; on exit, if `rebuild`, the columns.
-// map_grad [N, H * W, C], null if not wanted, is added to; offset_grad [N, 2 * G * taps, Ho, Wo] and mask_grad
+// On entry `columns` [groups, rows, taps, C / groups] holds the gradient of the columns; on exit, if `rebuild`, the
+// columns. map_grad [N, H * W, C], null if not wanted, is added to; offset_grad [N, 2 * G * taps, Ho, Wo] and mask_grad
 // [N, G * taps, Ho, Wo], null if not wanted, are written, each element by one thread.
 template <int vec, typename scalar_t, typename acc_t>
 __global__ void __launch_bounds__(kThreads) backward_columns_kernel(
@@ -161,17 +163,18 @@ __global__ void __launch_bounds__(kThreads) backward_columns_kernel(
 template <typename scalar_t, typename acc_t>
 struct Call {
   const DeformConvShape& s;
-  const at::Tensor map;           // [N, H * W, C]
-  const at::Tensor offset;        // [N, 2 * G * taps, Ho, Wo], acc_t
-  const at::Tensor mask;          // [N, G * taps, Ho, Wo], acc_t; may be undefined
-  const at::Tensor weights;       // [groups, O / groups, taps * C / groups]
-  at::Tensor columns;             // the workspace
-  int64_t rows, tile;             // output pixels in all, and of a tile
+  const at::Tensor map;      // [N, H * W, C]
+  const at::Tensor offset;   // [N, 2 * G * taps, Ho, Wo], acc_t
+  const at::Tensor mask;     // [N, G * taps, Ho, Wo], acc_t; may be undefined
+  const at::Tensor weights;  // [groups, O / groups, taps * C / groups]
+  at::Tensor columns;        // the workspace
+  int64_t rows, tile;        // output pixels in all, and of a tile
 
   static constexpr auto acc_type = c10::CppTypeToScalarType<acc_t>::value;
 
-  Call(const DeformConvShape& shape, const at::Tensor& input, const at::Tensor& offset_, const at::Tensor& weight,
-       const std::optional<at::Tensor>& mask_)
+  Call(
+      const DeformConvShape& shape, const at::Tensor& input, const at::Tensor& offset_, const at::Tensor& weight,
+      const std::optional<at::Tensor>& mask_)
       : s(shape),
         map(to_rows<scalar_t>(input)),
         offset(offset_.to(acc_type).contiguous()),
@@ -199,7 +202,8 @@ struct Call {
 
   const acc_t* mask_data() const { return mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr; }
 
-  // Calls fn(vec, grid, block) to launch over a tile: neighbouring threads on neighbouring channels of one offset group.
+  // Calls fn(vec, grid, block) to launch over a tile: neighbouring threads on neighbouring channels of one offset
+  // group.
   template <typename fn_t>
   void launch(int64_t pixels, const fn_t& fn) const {
     const int64_t size = s.in_channels / s.offset_groups, per_group = s.in_channels / s.groups;
