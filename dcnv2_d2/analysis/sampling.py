@@ -1,6 +1,6 @@
 """Where the stacked deformable layers sample the image (the sampling locations of section 2)."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -19,12 +19,14 @@ class SamplingRecord:
         position (Tensor[G*K, 2, Ho, Wo]): (y, x) of every sample, in pixels of the layer's input.
         mask (Tensor[G*K, Ho, Wo]): its modulation; ones for a v1 layer.
         in_size: height and width of the layer's input.
+        kernel_size: of the layer; K is its product.
     """
 
     name: str
     position: Tensor
     mask: Tensor
     in_size: tuple[int, int]
+    kernel_size: tuple[int, int]
 
 
 @contextmanager
@@ -42,7 +44,8 @@ def record_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
             # In float32: half precision would move the grid of a large map.
             offset = offset[0].float().unflatten(0, (-1, 2))  # [G*K, 2, Ho, Wo]
             mask = torch.ones_like(offset[:, 0]) if mask is None else mask[0].float()
-            records.append(SamplingRecord(name, _regular_grid(layer, offset) + offset, mask, tuple(x.shape[-2:])))
+            position = regular_grid(layer, offset) + offset
+            records.append(SamplingRecord(name, position, mask, tuple(x.shape[-2:]), layer.kernel_size))
 
         return hook
 
@@ -58,7 +61,12 @@ def record_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
             handle.remove()
 
 
-def _regular_grid(layer: DeformConv2d, like: Tensor) -> Tensor:
+def strides(image_size: Sequence[int], map_size: Sequence[int]) -> Tensor:
+    """Image pixels per pixel of a map, (vertical, horizontal): Tensor[2]. Cell i of the map sits at pixel i * stride."""
+    return (torch.tensor(image_size) / torch.tensor(map_size)).round()
+
+
+def regular_grid(layer: DeformConv2d, like: Tensor) -> Tensor:
     """(y, x) of the samples without offsets, in input pixels: Tensor[G*K, 2, Ho, Wo]."""
     axes = []
     for axis, outputs in enumerate(like.shape[-2:]):
@@ -92,11 +100,11 @@ def sampling_points(
     device = records[-1].position.device
     points = torch.tensor([node], dtype=torch.float32, device=device)
     weights = torch.ones(1, device=device)
-    image = torch.tensor(image_size, dtype=torch.float32, device=device)
     for record in reversed(records):
         out_size = torch.tensor(record.position.shape[-2:], device=device)
         in_size = torch.tensor(record.in_size, device=device)
-        out_stride, in_stride = (image / out_size).round(), (image / in_size).round()
+        out_stride = strides(image_size, record.position.shape[-2:]).to(device)
+        in_stride = strides(image_size, record.in_size).to(device)
         cell = (points / out_stride).round().long().clamp(min=torch.zeros_like(out_size), max=out_size - 1)
         position = record.position[:, :, cell[:, 0], cell[:, 1]].permute(2, 0, 1)  # [P, G*K, 2]
         weights = (weights[:, None] * record.mask[:, cell[:, 0], cell[:, 1]].T).flatten()
