@@ -10,7 +10,6 @@ See docs/analysis.md.
 """
 
 import argparse
-import itertools
 import logging
 import os
 import time
@@ -63,7 +62,7 @@ def parse_args():
     )  # fmt: skip
     parser.add_argument("--input", type=Path, nargs="+", help="images; by default one of the first model's test set")
     parser.add_argument("--index", type=int, default=0, help="which of the test set's images, without --input")
-    parser.add_argument("--at", type=numbers(2), action="append", metavar="X,Y", help="node of the backbone; repeatable")
+    parser.add_argument("--at", type=numbers(2), action="append", metavar="X,Y", help="backbone node; repeatable")
     parser.add_argument(
         "--box", type=numbers(4), action="append", metavar="X1,Y1,X2,Y2", help="node of the RoI head; repeatable"
     )
@@ -71,7 +70,7 @@ def parse_args():
     parser.add_argument("--score", type=float, default=0.5, help="of detections to choose nodes from")
     parser.add_argument("--layers", default=LAYERS, help="regular expression of the convolutions to locate samples of")
     parser.add_argument("--bound", type=float, default=BOUND, help="relative error of the saliency region")
-    parser.add_argument("--cell", type=int, help="finest cells of the saliency region, in pixels of the network's input")
+    parser.add_argument("--cell", type=int, help="finest cells of the saliency region, in input pixels")
     parser.add_argument("--levels", type=int, default=LEVELS, help="from coarse to fine cells")
     parser.add_argument("--batch-size", type=int, default=16, help="of the saliency region's forward passes")
     parser.add_argument(

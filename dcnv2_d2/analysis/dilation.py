@@ -62,6 +62,7 @@ def effective_dilation(model: nn.Module, inputs: Iterable[dict], areas: Sequence
         for sampling in samplings:
             classes = _classes_of_filters(sampling, record, images.tensor.shape[-2:], areas)
             distance = filter_dilation(sampling).double()  # [G, Ho, Wo]
+            distance = distance[:, : classes.shape[0], : classes.shape[1]]  # filters in the padding do not count
             classes = classes.to(distance.device).expand(distance.shape).flatten()
             sums = layers.setdefault(sampling.name, distance.new_zeros(3, len(CLASSES)))
             for i in range(3):
@@ -85,10 +86,10 @@ def filter_dilation(record: SamplingRecord) -> Tensor:
 
 
 def _classes_of_filters(record, inputs, padded_size, areas) -> Tensor:
-    """The index into CLASSES of each output position of a layer: Tensor[Ho, Wo]."""
-    shape = record.position.shape[-2:]
-    step = strides(padded_size, shape)
+    """The index into CLASSES of each output position of a layer that is in the image: Tensor[h, w]."""
+    step = strides(padded_size, record.position.shape[-2:]).int().tolist()
     resized = inputs["image"].shape[-2:]
+    shape = tuple(min(n, -(-size // s)) for n, size, s in zip(record.position.shape[-2:], resized, step, strict=True))
     # Centres of the filters as points of the original image; pixel i reaches from i to i + 1.
     ys, xs = (
         (torch.arange(n) * s + 0.5) * original / new

@@ -1,52 +1,73 @@
 """The figure of section 2 of Deformable ConvNets v2: what nodes of several models see."""
 
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torchvision.transforms.functional import gaussian_blur
 
 from .nodes import BackboneNode
 from .support import Support
 
-ROWS = ("sampling locations", "effective receptive field", "saliency region")
-PANEL = 1.75  # inches
-DPI = 110
+PANEL = 1.7  # inches, its width; so are the rest
+GAP, MODEL_GAP = 0.05, 0.2
+LEFT, TOP, BOTTOM = 0.3, 0.45, 0.22
+DPI = 100
 NODE = "#39ff14"
+DOTS, HEAT = "autumn_r", "hot"
 
 
 def draw_supports(path: Path, supports: dict[str, list[Support]]) -> None:
     """A block of columns for each model, a column for each node, and three rows.
 
-    Strengths are drawn by their square root, relative to the strongest of the panel. Dots are the samples of all
-    layers that were looked at; for RoI nodes, squares are the bins. The green cross or box is the node. What is not in
-    the saliency region is grey.
+    Dots are the samples of all layers that were looked at or, for RoI nodes, squares are the bins. Strengths are drawn
+    by their square root, relative to the strongest of the panel, the receptive field blurred by a pixel or so. What is
+    not in the saliency region is dark. The green cross or box is the node.
 
     Args:
-        supports: model -> the supports of its nodes.
+        supports: model -> the supports of its nodes; all images have the first one's aspect ratio.
     """
-    widths = [len(nodes) for nodes in supports.values()]
-    figure = Figure(figsize=(PANEL * sum(widths) + 0.4, PANEL * len(ROWS) + 0.7), layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.02, h_pad=0.02, wspace=0, hspace=0)
-    blocks = figure.subfigures(1, len(supports), squeeze=False, width_ratios=widths)
-    for block, (model, nodes) in zip(blocks.flat, supports.items(), strict=True):
-        block.suptitle(model, fontsize=11, fontweight="bold")
-        panels = block.subplots(len(ROWS), len(nodes), squeeze=False)
-        for column, support in zip(panels.T, nodes, strict=True):
-            column[0].set_title(support.title, fontsize=9)
-            for axes, draw in zip(column, (_draw_locations, _draw_receptive_field, _draw_saliency), strict=True):
+    rows = {
+        "sampling locations": _draw_locations,
+        "effective receptive field": _draw_receptive_field,
+        "saliency region": _draw_saliency,
+    }
+    first = next(iter(supports.values()))[0].image
+    height = PANEL * first.shape[0] / first.shape[1]
+    widths = [len(nodes) * (PANEL + GAP) + MODEL_GAP for nodes in supports.values()]
+    size = np.array([LEFT + sum(widths) - MODEL_GAP, TOP + len(rows) * (height + GAP) + BOTTOM])
+    figure = Figure(figsize=tuple(size), dpi=DPI)
+
+    def place(x, y):
+        """Figure coordinates of a point in inches from the upper left corner."""
+        return x / size[0], 1 - y / size[1]
+
+    for (model, nodes), width, end in zip(supports.items(), widths, accumulate(widths), strict=True):
+        start = LEFT + end - width
+        figure.text(*place(start + (width - MODEL_GAP) / 2, 0.03), model, ha="center", va="top", weight="bold")
+        for i, support in enumerate(nodes):
+            x = start + i * (PANEL + GAP)
+            figure.text(*place(x + PANEL / 2, TOP - 0.03), support.title, ha="center", va="bottom", size=8)
+            for j, draw in enumerate(rows.values()):
+                lower_left = place(x, TOP + j * (height + GAP) + height)
+                axes = figure.add_axes((*lower_left, *([PANEL, height] / size)), xticks=[], yticks=[])
                 draw(axes, support)
                 _mark_node(axes, support.node)
-                height, width = support.image.shape[:2]
-                axes.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+                axes.set(xlim=(-0.5, support.image.shape[1] - 0.5), ylim=(support.image.shape[0] - 0.5, -0.5))
                 axes.spines[:].set_visible(False)
-    for axes, name in zip(blocks[0, 0].axes[:: widths[0]], ROWS, strict=True):
-        axes.set_ylabel(name, fontsize=9)
-    figure.savefig(path, dpi=DPI)
+            note = f"{support.saliency.area:.0%} of the image, error {support.saliency.error:.3f}"
+            figure.text(*place(x + PANEL / 2, size[1] - BOTTOM + 0.02), note, ha="center", va="top", size=7)
+    for j, name in enumerate(rows):
+        figure.text(
+            *place(LEFT / 2, TOP + j * (height + GAP) + height / 2), name, rotation=90, ha="center", va="center", size=8
+        )
+    figure.savefig(path)
 
 
 def _draw_locations(axes, support: Support) -> None:
-    axes.imshow(_grey(support.image, 0.5), vmin=0, vmax=1)
+    axes.imshow(_muted(support.image, 0.6))
     bins = [layer for layer in support.locations if layer.of_bins]
     position, strength = (
         np.concatenate([getattr(layer, name).cpu().numpy() for layer in bins or support.locations])
@@ -54,36 +75,41 @@ def _draw_locations(axes, support: Support) -> None:
     )
     shade = _shade(strength)
     order = shade.argsort()  # the strongest on top
-    style = {"marker": "s", "s": 16} if bins else {"marker": ".", "s": 4 + 20 * shade[order]}
-    axes.scatter(
-        position[order, 1], position[order, 0], c=shade[order], cmap="YlOrRd", vmin=0, vmax=1, linewidths=0, **style
-    )
+    (y, x), shade = position[order].T, shade[order]
+    if bins:
+        axes.scatter(x, y, 20, shade, "s", DOTS, vmin=0, vmax=1, edgecolors="k", linewidths=0.4)
+    else:
+        axes.scatter(x, y, 2 + 16 * shade, shade, "o", DOTS, vmin=0, vmax=1, alpha=shade, linewidths=0)
 
 
 def _draw_receptive_field(axes, support: Support) -> None:
-    shade = _shade(support.receptive_field.cpu().numpy())
-    axes.imshow(_grey(support.image, 0.5), vmin=0, vmax=1)
-    axes.imshow(shade, cmap="inferno", alpha=np.clip(2 * shade, 0, 1), vmin=0, vmax=1)
+    axes.imshow(_muted(support.image, 0.6))
+    field = support.receptive_field[None].cpu()
+    side = 2 * (min(field.shape[-2:]) // 128) + 3
+    shade = _shade(gaussian_blur(field, side)[0].numpy())
+    axes.imshow(shade, cmap=HEAT, alpha=np.clip(1.5 * shade, 0, 1), vmin=0, vmax=1)
 
 
 def _draw_saliency(axes, support: Support) -> None:
     region = support.saliency.mask.cpu().numpy()
-    axes.imshow(np.where(region[..., None], support.image / 255, _grey(support.image, 0.25)))
-    axes.set_xlabel(f"{support.saliency.area:.0%} of the image, error {support.saliency.error:.3f}", fontsize=7)
+    axes.imshow(np.where(region[..., None], support.image, _muted(support.image, 0.35)))
 
 
 def _mark_node(axes, node) -> None:
     if isinstance(node, BackboneNode):
-        axes.plot(node.x, node.y, "+", color=NODE, markersize=10, markeredgewidth=1.8)
+        axes.plot(node.x, node.y, "+", color=NODE, markersize=9, markeredgewidth=1.8)
     else:  # boxes count from the corner of the image, pictures from the middle of the first pixel
-        corner, size = (node.x1 - 0.5, node.y1 - 0.5), (node.x2 - node.x1, node.y2 - node.y1)
-        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=NODE, linewidth=1.5))
+        corner = (node.x1 - 0.5, node.y1 - 0.5)
+        axes.add_patch(
+            Rectangle(corner, node.x2 - node.x1, node.y2 - node.y1, fill=False, edgecolor=NODE, linewidth=1.4)
+        )
 
 
 def _shade(strength: np.ndarray) -> np.ndarray:
     return np.sqrt(strength / max(strength.max(initial=0), 1e-12))
 
 
-def _grey(image: np.ndarray, light: float) -> np.ndarray:
-    """Dark and colourless, so that colours on top of it are legible: [H, W, 3] of 0 to 1."""
-    return (image.mean(axis=2, keepdims=True) * light / 255).repeat(3, axis=2)
+def _muted(image: np.ndarray, light: float) -> np.ndarray:
+    """Darker and less colourful, so that what is drawn on top of it is legible: uint8 [H, W, 3]."""
+    grey = image.mean(axis=2, keepdims=True)
+    return (light * (0.6 * grey + 0.4 * image)).astype(np.uint8)

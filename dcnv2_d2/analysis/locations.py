@@ -65,7 +65,9 @@ def effective_locations(respond: Respond, image: Tensor, model: nn.Module, layer
     """
     with torch.enable_grad(), _watch(model, layers) as seen:
         response = magnitude(respond(image.detach()[None].float()))
-    gradients = torch.autograd.grad(response, [v for layer in seen for v in (layer.shift, layer.gain)], allow_unused=True)
+    gradients = torch.autograd.grad(
+        response, [v for layer in seen for v in (layer.shift, layer.gain)], allow_unused=True
+    )
     found = []
     for layer, by_shift, by_gain in zip(seen, gradients[::2], gradients[1::2], strict=True):
         if by_shift is None:  # it ran, but not below this node
@@ -103,7 +105,10 @@ def _watch(model: nn.Module, pattern: str) -> Iterator[list[_Seen]]:
     layers = {
         name: m
         for name, m in modules.items()
-        if isinstance(m, nn.Conv2d) and id(m) not in predictions and m.kernel_size != (1, 1) and re.search(pattern, name)
+        if isinstance(m, nn.Conv2d)
+        and id(m) not in predictions
+        and m.kernel_size != (1, 1)
+        and re.search(pattern, name)
     }
     if not layers:
         raise ValueError(f"layers must choose at least one convolution larger than 1x1 of the model, got {pattern!r}")

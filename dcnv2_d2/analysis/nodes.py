@@ -116,7 +116,7 @@ class RoINode:
 
 @contextmanager
 def evaluation(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a block: batch norm must not mix an image with others. Every module gets its own mode back."""
+    """Evaluation mode for a block, as batch norm must not mix images; every module gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -134,7 +134,9 @@ def magnitude(response: Tensor) -> Tensor:
     """
     norm = torch.linalg.vector_norm(response.float())
     if not 0 < norm.item() < float("inf"):
-        raise ValueError(f"response: the node's response must have a norm above 0, got {norm.item()}; take another node")
+        raise ValueError(
+            f"response: the node's response must have a norm above 0, got {norm.item()}; take another node"
+        )
     return norm
 
 

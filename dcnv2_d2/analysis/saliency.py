@@ -53,9 +53,7 @@ def saliency_region(
 
     A greedy search: it masks square cells, first coarse ones, then of half the side, and so on. In each round it
     measures the error that masking each remaining cell alone would add up to, and masks as many of them, the least
-    important first, as stay below the bound together. Coarse levels may spend only a part of the bound, half of the
-    next finer level's, so that fine ones can still carve out the outline. The region found meets the bound; a smaller
-    one may exist.
+    important first, as stay below the bound together. The region found meets the bound; a smaller one may exist.
 
     Args:
         respond, image: see effective_receptive_field.
@@ -85,7 +83,7 @@ def saliency_region(
                 size //= 2
                 rows, columns = (-(-side // size) for side in image.shape[-2:])
                 kept = kept.repeat_interleave(2, 0)[:rows].repeat_interleave(2, 1)[:, :columns]
-            kept = search.shrink(kept, size, bound * 2.0 ** (level + 1 - levels) * _MARGIN)
+            kept = search.shrink(kept, size, bound * _MARGIN)
             bar.set_description(f"saliency, cells of {size} px, {kept.float().mean():.0%} left")
         mask = search.pixels(kept, size)
         (error,) = search.errors(kept[None], size).tolist()

@@ -62,7 +62,7 @@ def record_sampling(model: nn.Module) -> Iterator[list[SamplingRecord]]:
 
 
 def strides(image_size: Sequence[int], map_size: Sequence[int]) -> Tensor:
-    """Image pixels per pixel of a map, (vertical, horizontal): Tensor[2]. Cell i of the map sits at pixel i * stride."""
+    """Image pixels per pixel of a map, (vertical, horizontal): Tensor[2]. Cell i sits at image pixel i * stride."""
     return (torch.tensor(image_size) / torch.tensor(map_size)).round()
 
 

@@ -90,20 +90,20 @@ def choose_nodes(model: nn.Module, image: Tensor, score: float = 0.5) -> dict[st
 
     Args:
         model, image: see find_support.
-        score: least score of a detection.
+        score: least score of an object.
 
     Returns:
-        For "small object" (of the smallest box), "large object" (of the largest; with one detection there is only
-        this) and "background" (the square farthest from all boxes), a node at the object's or square's middle and one
-        of its box. On an object with a mask the middle is the pixel of the mask nearest to its centre of mass.
+        For "small object" (of the smallest box), "large object" (of the largest; with one detection there is only this)
+        and "background" (the largest square free of boxes, those of any score), a node at the object's or square's
+        middle and one of its box. The middle of a mask is its pixel nearest to its centre of mass.
 
     Raises:
         ValueError: nothing is detected.
     """
     height, width = image.shape[-2:]
     with evaluation(model):
-        found = model([{"image": image, "height": height, "width": width}])[0]["instances"]
-    found = found[found.scores >= score]
+        detections = model([{"image": image, "height": height, "width": width}])[0]["instances"]
+    found = detections[detections.scores >= score]
     if len(found) == 0:
         raise ValueError(f"choose_nodes: the model must detect something of a score of at least {score}, got nothing")
     boxes = found.pred_boxes.tensor.cpu()
@@ -113,7 +113,7 @@ def choose_nodes(model: nn.Module, image: Tensor, score: float = 0.5) -> dict[st
     for name, i in chosen.items():
         x, y = _middle(boxes[i], found.pred_masks[i].cpu() if found.has("pred_masks") else None)
         nodes[name] = BackboneNode(x, y), RoINode(*boxes[i].tolist())
-    x, y, half = _background(boxes, height, width)
+    x, y, half = _background(detections.pred_boxes.tensor.cpu(), height, width)
     nodes["background"] = BackboneNode(x, y), RoINode(x - half, y - half, x + half, y + half)
     return nodes
 
