@@ -77,7 +77,8 @@ def deform_ps_roi_pool(
     nothing = sum(t[:0].double().sum() for t in (input, offset, mask) if t is not None)
     pooled = [torch.zeros(0, channels, ph, pw, dtype=torch.float64, device=device)]
     for k, (image, *box) in enumerate(boxes.tolist()):
-        if not all(map(math.isfinite, box)):  # every sample would be at inf or NaN, which is outside any map
+        sides = (*_side(box[0], box[2], spatial_scale), *_side(box[1], box[3], spatial_scale))
+        if not all(map(math.isfinite, sides)):  # every sample would be at inf or NaN, which is outside any map
             pooled.append(pooled[0].new_zeros(1, channels, ph, pw))
             continue
         y, x = sampling_points(box, shifts[k], output_size, spatial_scale, sampling_ratio, gamma)

@@ -26,14 +26,14 @@ DEFINITIONS = {
 }
 
 
-def numbers(draw, size, step, reach, wild=0.0):
-    """A tensor of multiples of step up to reach, a share of whose elements is replaced by wild ones."""
+def numbers(draw, size, step, reach, wild=0.0, replacements=WILD):
+    """A tensor of multiples of step up to reach, a share of whose elements is replaced by some of `replacements`."""
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32 - 1)))
     count = round(reach / step)
     values = torch.randint(-count, count + 1, size, generator=generator).double() * step
     replaced = torch.rand(size, generator=generator) < wild
-    chosen = torch.randint(len(WILD), size, generator=generator)
-    return torch.where(replaced, torch.tensor(WILD, dtype=torch.float64)[chosen], values)
+    chosen = torch.randint(len(replacements), size, generator=generator)
+    return torch.where(replaced, torch.tensor(replacements, dtype=torch.float64)[chosen], values)
 
 
 def layouts(draw, tensor):
@@ -76,9 +76,10 @@ def conv_calls(draw):
     return "deform_conv2d", tensors, {"stride": (sh, sw), "padding": (ph, pw), "dilation": (dh, dw)}
 
 
-def rois(draw, n, k):
-    boxes = numbers(draw, (k, 5), 2, 24, draw(shares))
-    if draw(st.booleans()):  # mostly upright
+def rois(draw, n, k, upright):
+    # Not 1e30: offsets can take a box of that size back into the map, to where rounding decides.
+    boxes = numbers(draw, (k, 5), 2, 24, draw(shares), [math.nan, math.inf, -math.inf])
+    if upright:
         boxes[:, 3:] = boxes[:, 1:3] + boxes[:, 3:].abs()
     boxes[:, 0] = torch.randint(n, (k,), generator=torch.Generator().manual_seed(draw(st.integers(0, 999))))
     return boxes
@@ -94,7 +95,7 @@ def pool_calls(draw):
         "mask": draw(st.sampled_from([None, numbers(draw, (k, 1, ph, pw), 0.25, 1)])),
     }
     geometry = {
-        "boxes": rois(draw, n, k),
+        "boxes": rois(draw, n, k, upright=draw(st.booleans())),
         "output_size": (ph, pw),
         "spatial_scale": draw(st.sampled_from([1.0, 0.5, 0.25])),
         "sampling_ratio": draw(power),
@@ -115,7 +116,8 @@ def ps_pool_calls(draw):
         "mask": draw(st.sampled_from([None, numbers(draw, (k, 1, ph, pw), 0.25, 1)])),
     }
     geometry = {
-        "boxes": rois(draw, n, k),
+        # The 0.1 pixels that an inverted box has are no power of two.
+        "boxes": rois(draw, n, k, upright=tensors["offset"] is not None),
         "output_size": (ph, pw),
         "spatial_scale": draw(st.sampled_from([1.0, 0.5, 0.25])),
         "sampling_ratio": draw(power),
