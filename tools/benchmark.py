@@ -70,8 +70,8 @@ def ours(row, input, offset, weight, bias, mask):
 
 
 def theirs(row, input, offset, weight, bias, mask):
-    """torchvision's operator; it has no half types on the CPU, so there its user computes in float32."""
-    if input.device.type == "cpu":
+    """torchvision's operator; what it has no kernel for, its user computes in float32, as its autocast rule does."""
+    if input.device.type == "cpu" or input.dtype == torch.bfloat16:
         result = torchvision.ops.deform_conv2d(
             *(t.float() for t in (input, offset, weight, bias)), row.stride, row.dilation, row.dilation, mask.float()
         )
@@ -122,8 +122,8 @@ def pool_ours(row, input, boxes, offset, mask):
 
 
 def pool_theirs(row, input, boxes, offset, mask):
-    """torchvision's plain pooling, with no offset and no mask; on the CPU it has no bfloat16."""
-    dtype = torch.float32 if input.device.type == "cpu" else input.dtype
+    """torchvision's plain pooling, with no offset and no mask; in float32 where it has no kernel for the type."""
+    dtype = torch.float32 if input.device.type == "cpu" or input.dtype == torch.bfloat16 else input.dtype
     result = torchvision.ops.roi_align(input.to(dtype), boxes.to(dtype), row.bins, 1 / row.stride, 2, aligned=True)
     return result.to(input.dtype)
 

@@ -25,8 +25,8 @@
 namespace dcnv2 {
 namespace {
 
-constexpr int64_t kWorkspace =
-    64 << 20;                 // bytes of columns: enough pixels to fill a large GPU; not tuned yet (docs/gpu.md)
+// Bytes of columns: enough pixels to fill a large GPU. Not tuned yet (docs/gpu.md).
+constexpr int64_t kWorkspace = 64 << 20;
 constexpr int kSamples = 64;  // of a block of threads: kPixels neighbouring pixels at kSamples / kPixels taps
 constexpr int kPixels = 16;
 
