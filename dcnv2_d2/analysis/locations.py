@@ -46,7 +46,7 @@ def effective_locations(respond: Respond, image: Tensor, model: nn.Module, layer
     """The locations of the stacked layers below a node, with the strength of their contributions.
 
     Deformable and regular layers are treated alike: a regular convolution is a deformable one without offsets, and so
-    is RoIAlign. Locations that do not feed the node are left out: neither moving nor modulating them changes it. At
+    is RoIAlign. All bins are there, and the samples that feed the node: moving or modulating them changes it. At
     whole pixels, where all samples of a regular convolution are, bilinear interpolation has a kink; the derivative
     there is the one towards the next row and column.
 
@@ -72,7 +72,7 @@ def effective_locations(respond: Respond, image: Tensor, model: nn.Module, layer
     for layer, by_shift, by_gain in zip(seen, gradients[::2], gradients[1::2], strict=True):
         if by_shift is None:  # it ran, but not below this node
             continue
-        feeds = (by_shift != 0).any(dim=1) | (by_gain != 0)
+        feeds = (by_shift != 0).any(dim=1) | (by_gain != 0) | layer.of_bins
         if feeds.any():
             position, gradient = (t.movedim(1, -1)[feeds] for t in (layer.position, by_shift / layer.unit))
             found.append(Locations(layer.name, position, gradient, layer.modulation[feeds], layer.of_bins))

@@ -15,7 +15,7 @@ MDCONV, MDPOOL = "mask_rcnn_small_mdconv_c3-c5", "mask_rcnn_small_mdconv_c3-c5_m
 
 def shifts(taps=9):
     """(dy, dx) of each tap: all different, none whole, none with its own mirror image."""
-    return torch.stack([torch.linspace(-2.3, 2.1, taps), torch.linspace(1.7, -0.6, taps)], dim=1)
+    return torch.stack([torch.linspace(-2.35, 2.1, taps), torch.linspace(1.7, -0.6, taps)], dim=1)
 
 
 def hand_set(cls=ModulatedDeformConv2d, channels=3, stride=1, dilation=1):
