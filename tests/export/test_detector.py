@@ -53,11 +53,8 @@ def assert_same(actual, expected, tolerance):
     assert actual[1][0] > 0.5 and actual[1].std() > 0.01 and len(actual[2].unique()) > 2
 
 
-def test_program(exported, tmp_path):
+def test_program(exported):
     model, program = exported
-    if not model.roi_heads.mask_on:  # once is enough
-        torch.export.save(program, tmp_path / "detector.pt2")
-        program = torch.export.load(tmp_path / "detector.pt2")
     module = program.module()
     for size in SIZES:
         image = make_image(*size)
@@ -79,21 +76,41 @@ def test_onnx_runtime(exported, tmp_path):
         assert_same(results, raw(model, image), 1e-4)
 
 
-def test_small_detector_without_fpn(tmp_path):
-    """One level, other strides, a BatchNorm, masks; and no detections at all."""
-    onnxruntime = pytest.importorskip("onnxruntime", "1.25")
+@pytest.fixture(scope="module")
+def small():
+    """A Mask R-CNN of one level, without padding to whole strides, and its program."""
+    torch.manual_seed(0)
     model = make_model(SMALL)
-    program = export_detector(model)
+    return model, export_detector(model)
+
+
+def assert_small(results, model, image):
+    expected = raw(model, image)
+    assert [r.shape for r in results] == [e.shape for e in expected] and len(expected[0]) == 20
+    for actual, e in zip(results, expected, strict=True):
+        assert (actual.double() - e.double()).abs().max() < 1e-3
+
+
+def test_small_detector_from_a_file(small, tmp_path):
+    model, program = small
+    torch.export.save(program, tmp_path / "small.pt2")
+    module = torch.export.load(tmp_path / "small.pt2").module()
+    for image in (make_image(128, 128), make_image(99, 160)):
+        with torch.no_grad():
+            assert_small(module(image), model, image)
+    parameters = dict(module.named_parameters())
+    parameters["model.roi_heads.box_predictor.cls_score.bias"].data[-1] = 100.0  # all is background
+    assert [len(r) for r in module(make_image(128, 128))] == [0, 0, 0, 0]
+
+
+def test_small_detector_in_onnx_runtime(small, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", "1.25")
+    model, program = small
     export_onnx(program, tmp_path / "small.onnx", opset=20)
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     for image in (make_image(128, 128), make_image(99, 160)):
-        results = [torch.from_numpy(r) for r in session.run(None, {"image": image.numpy()})]
-        assert [r.shape for r in results] == [r.shape for r in raw(model, image)]
-        for actual, expected in zip(results, raw(model, image), strict=True):
-            assert (actual.double() - expected.double()).abs().max() < 1e-3
-    model.roi_heads.box_predictor.cls_score.bias.data[-1] = 100.0  # all is background
-    module = export_detector(model).module()
-    assert [len(r) for r in module(make_image(128, 128))] == [0, 0, 0, 0]
+        results = session.run(None, {"image": image.numpy()})
+        assert_small([torch.from_numpy(r) for r in results], model, image)
 
 
 @pytest.mark.parametrize(
