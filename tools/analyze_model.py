@@ -5,40 +5,40 @@ python tools/analyze_model.py configs/paper/table2/faster*regular.yaml configs/p
 python tools/analyze_model.py --modules 3 configs/COCO/mask_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml
 
 Differences are to the first config. Parameters are in units of 2**20, as in the paper. A FLOP is a multiplication with
-an addition, as in the paper and in fvcore, which counts them: at inference, for one image whose shorter side is
-INPUT.MIN_SIZE_TEST and whose longer side is 1.5 times that (--size changes it), with as many proposals
+an addition, as in the paper; counted are convolutions and matrix products at inference, for one image whose shorter
+side is INPUT.MIN_SIZE_TEST and whose longer side is 1.5 times that (--size changes it), with as many proposals
 (MODEL.RPN.POST_NMS_TOPK_TEST) and detections (TEST.DETECTIONS_PER_IMAGE) as the config allows. Interpolation between
 samples is counted with --interpolation only: the paper's figures are without it.
 """
 
 import argparse
 import csv
+import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
-from detectron2.structures import Boxes
-from fvcore.nn import FlopCountAnalysis, flop_count_table
-from fvcore.nn.jit_handles import get_shape
+from fvcore.nn import parameter_count
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "published.csv"
 # So that an untrained network has all its proposals and detections
 ALL_BOXES = [
-    "MODEL.RPN.NMS_THRESH",
-    1.0,
-    "MODEL.ROI_HEADS.NMS_THRESH_TEST",
-    1.0,
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST",
-    0.0,
+    *("MODEL.RPN.NMS_THRESH", 1.0),
+    *("MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
 ]
-BILINEAR = 4  # FLOPs of a sample, as fvcore counts aten::grid_sampler
+aten, ours = torch.ops.aten, torch.ops.dcnv2_d2
 
 
-def load(path: Path, opts: list[str] = ()) -> CfgNode:
+def load(path: Path, opts: Sequence = ()) -> CfgNode:
+    """A config file with changes, KEY VALUE."""
     cfg = get_cfg()
     dcnv2_d2.add_dcnv2_config(cfg)
     cfg.merge_from_file(str(path))
@@ -48,10 +48,15 @@ def load(path: Path, opts: list[str] = ()) -> CfgNode:
 
 def parameters(cfg: CfgNode) -> int:
     """How many parameters the model of a config has, frozen ones too; those of R-CNN mimicking are in training only."""
+    return sum(p.numel() for p in build_on_meta(cfg).parameters())
+
+
+def build_on_meta(cfg: CfgNode) -> nn.Module:
+    """The model of a config without memory or values."""
     cfg = cfg.clone()
     cfg.MODEL.DEVICE = "meta"
     with torch.device("meta"):
-        return sum(p.numel() for p in build_model(cfg).parameters())
+        return build_model(cfg)
 
 
 def image_size(cfg: CfgNode) -> tuple[int, int]:
@@ -59,58 +64,70 @@ def image_size(cfg: CfgNode) -> tuple[int, int]:
     return cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST * 3 // 2
 
 
-class Network(nn.Module):
-    """A model of Detectron2 as a tracer wants it: from the tensor of an image to tensors."""
+# What PyTorch's counter does not know: from shapes to FLOPs, where it counts multiplications and additions apart. A
+# bilinear sample is four of each.
+def deform_conv2d(input, offset, weight, *args, out_shape, interpolation=False):
+    images, channels, *_ = input
+    _, in_group, *kernel = weight
+    _, out_channels, *out_size = out_shape
+    taps = images * math.prod(kernel) * math.prod(out_size)
+    return 2 * taps * (in_group * out_channels + 4 * interpolation * channels)
 
-    # Not detectron2.utils.analysis and its TracingAdapter: in Detectron2 0.6 they import caffe2, which PyTorch dropped.
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
 
-    def forward(self, image: Tensor) -> list[Tensor]:
-        output = self.model([{"image": image}])[0]
-        fields = [*output.pop("instances").get_fields().values()] if "instances" in output else []
-        values = [*fields, *output.values()]
-        return [v.tensor if isinstance(v, Boxes) else v[0] if isinstance(v, tuple) else v for v in values]
+def pooling(ratio: int):
+    """The formula of an operator whose sampling ratio is the argument of this number."""
+    return lambda *args, out_shape: 2 * math.prod(out_shape) * args[ratio] ** 2 * 4
+
+
+FORMULAS = {ours.deform_conv2d: deform_conv2d}
+INTERPOLATION = {
+    ours.deform_conv2d: functools.partial(deform_conv2d, interpolation=True),
+    ours.deform_roi_pool: pooling(6),
+    torch.ops.torchvision.roi_align: pooling(5),
+    aten.upsample_bilinear2d: lambda *args, out_shape: 2 * math.prod(out_shape) * 4,
+}
+
+
+class ShapesOnly(TorchDispatchMode):
+    """Convolutions and matrix products are not computed but zero, so that the largest model takes a second."""
+
+    skipped = {aten.convolution.default, aten.addmm.default, aten.mm.default, ours.deform_conv2d.default}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function not in self.skipped:
+            return function(*args, **(kwargs or {}))
+        return torch.zeros_like(function(*tree_map_only(Tensor, lambda t: t.to("meta"), args)), device="cpu")
 
 
 @torch.no_grad()
-def flops(cfg: CfgNode, size: tuple[int, int], interpolation: bool = False) -> FlopCountAnalysis:
-    """The counter, which has been run, of the model of a config.
+def flops(cfg: CfgNode, size: tuple[int, int], interpolation: bool = False) -> dict[str, float]:
+    """FLOPs of the model of a config, by the names of its modules; the whole model's is "".
 
     Args:
         cfg: any config whose model takes images.
         size: height and width of the image.
-        interpolation: whether samples of deformable convolution and of RoI pooling count too.
+        interpolation: whether samples of deformable convolution, RoI pooling and upsampling count too.
     """
     cfg = cfg.clone()
     cfg.merge_from_list(["MODEL.DEVICE", "cpu", *ALL_BOXES])
     model = build_model(cfg).eval()
     for p in model.parameters():  # Fresh weights without trained norms make infinite scores, of which no box is left.
         p.zero_()
-    counter = FlopCountAnalysis(Network(model), torch.rand(3, *size) * 255)
-    per_sample = BILINEAR * interpolation
+    formulas = FORMULAS | (INTERPOLATION if interpolation else {})
+    with ShapesOnly(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model([{"image": torch.rand(3, *size) * 255}])
+    counts = {name: sum(by_operator.values()) / 2 for name, by_operator in counter.get_flop_counts().items()}
+    return {name.partition(".")[2]: count for name, count in counts.items() if name != "Global"}
 
-    def deform_conv2d(inputs, outputs):
-        images, channels, _, _ = get_shape(inputs[0])
-        _, in_group, *kernel = get_shape(inputs[2])
-        _, out_channels, *out_size = get_shape(outputs[0])
-        return images * math.prod(kernel) * math.prod(out_size) * (in_group * out_channels + per_sample * channels)
 
-    def pooling(ratio):  # the operator's argument: a fixed number of samples in each direction
-        return lambda inputs, outputs: math.prod(get_shape(outputs[0])) * inputs[ratio].toIValue() ** 2 * per_sample
-
-    handles = {
-        "dcnv2_d2::deform_conv2d": deform_conv2d,
-        "dcnv2_d2::deform_roi_pool": pooling(6),
-        "torchvision::roi_align": pooling(5),
-    }
-    # Norms are part of the convolution before them; grid_sampler pastes masks into the image.
-    free = ["batch_norm", "group_norm", "grid_sampler", "upsample_nearest2d"]
-    for name in free + ["upsample_bilinear2d"] * (not interpolation):
-        handles[f"aten::{name}"] = lambda inputs, outputs: 0
-    counter.set_op_handle(**handles).unsupported_ops_warnings(False).uncalled_modules_warnings(False).total()
-    return counter
+def by_module(cfg: CfgNode, counts: dict[str, float], depth: int) -> str:
+    """Markdown of the parameters and FLOPs of the modules down to a depth."""
+    known = parameter_count(build_on_meta(cfg))
+    names = [name for name in known if name.count(".") < depth and (known[name] or name in counts)]
+    lines = ["| module | parameters, 2**20 | GFLOPs |", "|---|---|---|"]
+    for name in names:
+        lines.append(f"| {name or 'all'} | {known[name] / 2**20:.3f} | {counts.get(name, 0) / 1e9:.3f} |")
+    return "\n".join(lines)
 
 
 def published() -> dict[str, dict[str, str]]:
@@ -120,24 +137,21 @@ def published() -> dict[str, dict[str, str]]:
 
 
 def table(rows: list[tuple[str, int, float]]) -> str:
-    """Markdown of rows of (config, parameters, FLOPs); of the last two with differences to the first row."""
+    """Markdown of rows of (config, parameters, FLOPs), with published figures and differences to the first row."""
     figures = published()
-    first, *_ = (figures.get(rows[0][0], {}), *rows[0][1:])
-    lines = [
-        "| config | parameters, 2**20 | published | difference | published "
-        "| GFLOPs | published | difference | published |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    first, *start = rows[0]
+    headings = ["config"]
+    for quantity in ("parameters, 2**20", "GFLOPs"):
+        headings += [quantity, "published", "difference", "published"]
+    lines = [headings, ["---"] * len(headings)]
     for name, *ours in rows:
-        theirs, cells = figures.get(name, {}), [name]
-        for value, start, unit, key, digits in zip(
-            ours, rows[0][1:], (2**20, 1e9), ("params", "gflops"), (3, 2), strict=True
-        ):
-            known, known_start = theirs.get(key), first.get(key)
-            cells += [f"{value / unit:.{digits}f}", known or "", f"{(value - start) / unit:+.{digits}f}"]
-            cells.append(f"{float(known) - float(known_start):+.1f}" if known and known_start else "")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [name]
+        for i, (key, unit, digits) in enumerate((("params", 2**20, 3), ("gflops", 1e9, 2))):
+            theirs, theirs_first = (figures.get(config, {}).get(key) for config in (name, first))
+            cells += [f"{ours[i] / unit:.{digits}f}", theirs or "", f"{(ours[i] - start[i]) / unit:+.{digits}f}"]
+            cells.append(f"{float(theirs) - float(theirs_first):+.1f}" if theirs and theirs_first else "")
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def main():
@@ -151,11 +165,10 @@ def main():
     rows = []
     for path in args.configs:
         cfg = load(path, args.opts)
-        counter = flops(cfg, args.size or image_size(cfg), args.interpolation)
-        rows.append((path.stem, parameters(cfg), counter.total()))
+        counts = flops(cfg, args.size or image_size(cfg), args.interpolation)
+        rows.append((path.stem, parameters(cfg), counts[""]))
         if args.modules:
-            print(flop_count_table(counter, max_depth=args.modules), end="\n\n")
-            print("Not counted:", ", ".join(sorted(counter.unsupported_ops())), end="\n\n")
+            print(by_module(cfg, counts, args.modules), end="\n\n")
     print(table(rows))
 
 

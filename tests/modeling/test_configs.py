@@ -110,24 +110,25 @@ def test_settings_and_place_in_the_readme(path):
     assert len(rows) == 1
     if folder == "quick_start":
         return
-    assert f"output/{stem}" == cfg.OUTPUT_DIR
-    solver = cfg.SOLVER
+    solver, output, tests = cfg.SOLVER, cfg.OUTPUT_DIR, cfg.DATASETS.TEST
+    steps, iterations = solver.STEPS, solver.MAX_ITER
+    assert output == f"output/{stem}"
     assert (solver.IMS_PER_BATCH, solver.MOMENTUM, solver.WEIGHT_DECAY) == (16, 0.9, 1e-4)
     assert f"mimic_{cfg.MODEL.MIMIC.REGIONS}" in stem or "mimic_" not in stem
     weights = "X-101-32x8d" if "X_101_32x8d" in stem else "R-101" if "R_101" in stem else "R-50"
     assert cfg.MODEL.WEIGHTS.endswith(f"/{weights}.pkl")
     if folder == "COCO":
-        assert cfg.DATASETS.TEST[0].startswith("coco_2017_val")
-        assert (270000 if "_3x" in stem else 90000) == solver.MAX_ITER
-        assert ((210000, 250000) if "_3x" in stem else (60000, 80000)) == solver.STEPS
+        assert tests[0].startswith("coco_2017_val")
+        assert iterations == (270000 if "_3x" in stem else 90000)
+        assert steps == ((210000, 250000) if "_3x" in stem else (60000, 80000))
         return
     # Sixteen epochs of 117,266 images, section 4.1
-    assert (solver.BASE_LR, solver.GAMMA, solver.MAX_ITER) == (0.02, 0.1, 16 * 117266 // 16)
-    assert tuple(round(epochs * 117266 / 16) for epochs in (10, 14)) == solver.STEPS
+    assert (solver.BASE_LR, solver.GAMMA, iterations) == (0.02, 0.1, 16 * 117266 // 16)
+    assert steps == tuple(round(epochs * 117266 / 16) for epochs in (10, 14))
     side = 800 if "800px" in stem else 1000
     assert (folder == "table2") == (side == 800)
-    assert tuple(cfg.INPUT.MIN_SIZE_TRAIN) == (side,) and side == cfg.INPUT.MIN_SIZE_TEST
-    assert (("coco_2017_test-dev",) if "test-dev" in stem else ("coco_2017_val",)) == cfg.DATASETS.TEST
+    assert (*cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TEST) == (side, side)
+    assert tests == (("coco_2017_test-dev",) if "test-dev" in stem else ("coco_2017_val",))
     rpn, heads = cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
     assert (rpn.NMS_THRESH, rpn.POST_NMS_TOPK_TRAIN, rpn.POST_NMS_TOPK_TEST) == (0.7, 2000, 1000)
     assert (rpn.BATCH_SIZE_PER_IMAGE, rpn.POSITIVE_FRACTION) == (256, 0.5)
