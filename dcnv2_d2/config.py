@@ -14,6 +14,7 @@ from detectron2.modeling.meta_arch import GeneralizedRCNN
 
 from . import compat
 from .data import register_files
+from .modeling.meta_arch import MimickingRCNN
 from .modeling.mimicking import Mimicking
 from .modeling.poolers import LAYERS as POOLER_LAYERS
 from .modeling.roi_heads import DeformPoolers
@@ -25,7 +26,7 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     # Largest modulation of a sample or bin (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained
     # network's function unchanged at the start.
     cfg.MODEL.DCNV2.MASK_SCALE = 1.0
-    # Learning rate of the layers that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
+    # Learning rate of the convolutions that predict offsets and modulation, relative to the rest (section 3.2: 0.1).
     cfg.MODEL.DCNV2.OFFSET_LR_FACTOR = 0.1
     # Channels of conv5 after its reduction, in the *_dc5_backbone and *_aspp_backbone builders (section 4.1: 256).
     cfg.MODEL.DCNV2.DC5_CHANNELS = 256
@@ -71,8 +72,9 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg.merge_from_file(config_file)
     opts = list(opts)
     for i, key in enumerate(opts[:-1:2]):  # a lone data set needs no parentheses
-        if key in ("DATASETS.TRAIN", "DATASETS.TEST") and opts[2 * i + 1][:1] not in "([":
-            opts[2 * i + 1] = (opts[2 * i + 1],)
+        value = opts[2 * i + 1]
+        if key in ("DATASETS.TRAIN", "DATASETS.TEST") and isinstance(value, str) and value[:1] not in ("(", "["):
+            opts[2 * i + 1] = (value,)
     cfg.merge_from_list(opts)
     register_files([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
@@ -96,17 +98,18 @@ def check_config(cfg: CfgNode) -> None:
             "MODEL.BACKBONE.NAME must be one of the build_dcnv2_* builders for MODEL.RESNETS.DEFORM_ON_PER_STAGE, as "
             f"this Detectron2 has no compiled part, got {model.BACKBONE.NAME}"
         )
-    if not issubclass(META_ARCH_REGISTRY.get(model.META_ARCHITECTURE), GeneralizedRCNN):
+    meta_arch = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
+    if not issubclass(meta_arch, GeneralizedRCNN):
         return
     heads = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
-    for head, on in (("BOX", True), ("MASK", model.MASK_ON), ("KEYPOINT", model.KEYPOINT_ON)):
+    for head, on in (("BOX", True), ("MASK", model.MASK_ON)):
         kind = model[f"ROI_{head}_HEAD"].POOLER_TYPE
         if on and kind in POOLER_LAYERS and not issubclass(heads, DeformPoolers):
             raise ValueError(
                 f"MODEL.ROI_HEADS.NAME must be DCNv2ROIHeads or another of dcnv2_d2's for MODEL.ROI_{head}_HEAD."
                 f"POOLER_TYPE {kind}, got {model.ROI_HEADS.NAME}"
             )
-    if issubclass(heads, Mimicking) and model.META_ARCHITECTURE == "GeneralizedRCNN":
+    if issubclass(heads, Mimicking) and not issubclass(meta_arch, MimickingRCNN):
         raise ValueError(
             f"MODEL.META_ARCHITECTURE must be MimickingRCNN for MODEL.ROI_HEADS.NAME {model.ROI_HEADS.NAME}, "
             f"got {model.META_ARCHITECTURE}"

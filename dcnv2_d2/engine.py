@@ -18,6 +18,8 @@ from detectron2.engine import launch as detectron2_launch
 from detectron2.evaluation import COCOEvaluator, COCOPanopticEvaluator, DatasetEvaluators, SemSegEvaluator
 from detectron2.utils import comm
 from detectron2.utils.env import seed_all_rng
+from detectron2.utils.file_io import PathManager
+from PIL import Image
 from torch import nn
 from torch.utils.data import Sampler
 
@@ -32,8 +34,9 @@ class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer with this package's optimizer and the evaluators of COCO-format data.
 
     With a SEED a run that is killed and resumed ends as one that was not: the random numbers of an iteration depend on
-    SEED and the iteration alone, and the resumed run goes on where the stream of images was left. With data loading in
-    other processes (DATALOADER.NUM_WORKERS above 0) that holds but for the random numbers of augmentation.
+    SEED and the iteration alone, and the resumed run goes on where the stream of images was left. That is exact with
+    DATALOADER.NUM_WORKERS 0. Worker processes share out the stream and draw random numbers of their own: with them a
+    resumed run may see images in another order, and augments them differently.
     """
 
     @classmethod
@@ -49,7 +52,7 @@ class Trainer(DefaultTrainer):
         if kind == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if not evaluators:
-            raise ValueError(
+            raise NotImplementedError(  # which Detectron2 takes for "no evaluation", and goes on
                 f"DATASETS.TEST: {dataset_name} must have the evaluator_type coco, sem_seg or coco_panoptic_seg, "
                 f"got {kind!r}"
             )
@@ -68,7 +71,7 @@ class Trainer(DefaultTrainer):
         if start_iter:
             wide = None
             if options["aspect_ratio_grouping"]:
-                wide = [record["width"] > record["height"] for record in options["dataset"]]
+                wide = [_is_wide(record) for record in options["dataset"]]
             batch = options["total_batch_size"] // comm.get_world_size()
             options["sampler"] = ResumedSampler(options["sampler"], start_iter, batch, wide)
         return build_detection_train_loader(**options)
@@ -102,6 +105,14 @@ class Trainer(DefaultTrainer):
         self._trainer.load_state_dict(state_dict["_trainer"])
 
 
+def _is_wide(record: dict) -> bool:
+    """As Detectron2's mapper will see it, which reads what records of stuff leave out from the image."""
+    if "width" in record:
+        return record["width"] > record["height"]
+    with PathManager.open(record["file_name"], "rb") as f, Image.open(f) as image:
+        return image.width > image.height
+
+
 class SeedEachStep(HookBase):
     """Makes the random numbers of an iteration depend on nothing but the seed, the process and the iteration."""
 
@@ -110,7 +121,10 @@ class SeedEachStep(HookBase):
 
     def before_train(self):
         # Once more between data and model: a loader's first batch takes a number more from PyTorch than the others.
-        self.trainer._trainer.model.register_forward_pre_hook(lambda *_: self.before_step())
+        self.handle = self.trainer._trainer.model.register_forward_pre_hook(lambda *_: self.before_step())
+
+    def after_train(self):
+        self.handle.remove()
 
     def before_step(self):
         numbers = np.random.SeedSequence([self.seed, comm.get_rank(), self.trainer.iter])
@@ -150,7 +164,7 @@ class ResumedSampler(Sampler):
 
 @torch.no_grad()
 def explain_divergence(model: nn.Module, batch: list[dict]) -> str:
-    """Sentences that say which parameter, layer and image made a loss infinite or NaN.
+    """Sentences that say which parameter, layer and image made a loss infinite or NaN, by a second pass in float32.
 
     Args:
         model: a Detectron2 model in training mode, inside an event storage.
@@ -180,7 +194,7 @@ def explain_divergence(model: nn.Module, batch: list[dict]) -> str:
                 hook.remove()
         if layers:
             return f"First layer with an output that is not finite: {layers[0]}, on the image {name}."
-    return f"No single image of this step repeats it: {', '.join(names)}."
+    return f"No single image of this step repeats it in float32: {', '.join(names)}."
 
 
 def _note_if_not_finite(layers: list[str], path: str, module, inputs, output) -> None:

@@ -24,9 +24,7 @@ from dcnv2_d2.analysis.dilation import AREAS
 from dcnv2_d2.analysis.figures import draw_supports
 from dcnv2_d2.analysis.locations import LAYERS
 from dcnv2_d2.analysis.saliency import BOUND, LEVELS
-from dcnv2_d2.config import check_config
-from detectron2.checkpoint import DetectionCheckpointer
-from detectron2.config import get_cfg
+from dcnv2_d2.checkpoint import Checkpointer
 from detectron2.data import DatasetCatalog, DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
@@ -87,15 +85,9 @@ def parse_args():
 
 def load(config_file, opts, folder=None):
     """A config and its model, with the last weights of a training run or MODEL.WEIGHTS."""
-    cfg = get_cfg()
-    dcnv2_d2.add_dcnv2_config(cfg)
-    cfg.merge_from_file(str(config_file))
-    cfg.merge_from_list(opts)
-    if not torch.cuda.is_available():
-        cfg.MODEL.DEVICE = "cpu"
-    check_config(cfg)
+    cfg = dcnv2_d2.load_config(str(config_file), opts)
     model = build_model(cfg).eval()
-    checkpointer = DetectionCheckpointer(model, save_dir=str(folder or ""))
+    checkpointer = Checkpointer(model, save_dir=str(folder or ""))
     if folder is None and not cfg.MODEL.WEIGHTS:
         raise SystemExit("MODEL.WEIGHTS must be given: an untrained model sees nothing worth a picture")
     if folder is not None and not checkpointer.has_checkpoint():

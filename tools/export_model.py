@@ -9,8 +9,8 @@ from pathlib import Path
 
 import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
+from dcnv2_d2.checkpoint import Checkpointer
 from dcnv2_d2.export import MIN_OPSET, Detector, export_detector, export_onnx
-from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
@@ -48,7 +48,9 @@ def main():
     cfg = dcnv2_d2.load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
-    DetectionCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+    if not cfg.MODEL.WEIGHTS:
+        parser.error("MODEL.WEIGHTS must be given: an untrained model is not worth exporting")
+    Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     try:
         program = export_detector(model)

@@ -10,6 +10,7 @@ from detectron2.structures import BoxMode
 from torch import nn
 
 from .drawing import draw_curves, draw_predictions, draw_sampling
+from .nodes import evaluation
 from .sampling import record_sampling, sampling_points
 
 NUM_IMAGES = 6
@@ -31,12 +32,10 @@ def write_report(cfg, model: nn.Module) -> list[Path]:
     """
     folder = Path(cfg.OUTPUT_DIR)
     written = []
-    training = model.training
-    model.eval()
-    try:
-        predictions, nodes = _run(cfg, model)
-    finally:
-        model.train(training)
+    predictions, nodes = [], []
+    if cfg.DATASETS.TEST:
+        with evaluation(model):
+            predictions, nodes = _run(cfg, model)
     if predictions:
         written.append(folder / "predictions.png")
         draw_predictions(written[-1], predictions, MetadataCatalog.get(cfg.DATASETS.TEST[0]))

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.utils import comm
 
 from ..layers import ModulatedDeformConv2d
 
@@ -42,19 +43,27 @@ class Checkpointer(DetectionCheckpointer):
     def resume_or_load(self, path, *, resume=True):
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=resume)
+        # The main process chooses, as all must load the same.
+        file = comm.all_gather(self._last_readable() if comm.is_main_process() else None)[0]
+        if file is not None:
+            return self.load(file)
+        raise RuntimeError(
+            f"none of the checkpoints in {self.save_dir} can be read; start again without --resume, or put a good "
+            f"checkpoint there and its name into {os.path.join(self.save_dir, 'last_checkpoint')}"
+        )
+
+    def _last_readable(self) -> str | None:
         last = self.get_checkpoint_file()
         others = [file for file in self.get_all_checkpoint_files() if not file.endswith(self.UNFINISHED)]
         for file in [last, *sorted(set(others) - {last}, key=os.path.getmtime, reverse=True)]:
             try:
                 if not self.path_manager.isfile(file):
                     raise UnreadableCheckpoint(f"checkpoint {file} does not exist")
-                return self.load(file)
+                self._load_file(file)
+                return file
             except UnreadableCheckpoint as e:
                 logger.warning("%s; trying the one before it.", e)
-        raise RuntimeError(
-            f"none of the checkpoints in {self.save_dir} can be read; start again without --resume, or put a good "
-            f"checkpoint there and its name into {os.path.join(self.save_dir, 'last_checkpoint')}"
-        )
+        return None
 
     def load(self, path, *args, **kwargs):
         if path and path.endswith(".pkl") and not path.startswith("detectron2://"):
@@ -64,6 +73,8 @@ class Checkpointer(DetectionCheckpointer):
     def _load_file(self, filename):
         try:  # PyTorch reads .pth files with weights_only, which runs no code.
             return super()._load_file(filename)
+        except (OSError, MemoryError):  # not the file's fault
+            raise
         except Exception as e:
             raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
 

@@ -32,7 +32,7 @@ def record_statistics(name: str, offset: Tensor, mask: Tensor | None, limit: flo
     if not mean <= limit:
         logging.getLogger(__name__).warning(
             "%s: the mean offset is %.1f %s, above %.1f; training diverges. "
-            "Lower MODEL.DCNV2.OFFSET_LR_FACTOR or the learning rate, or clip gradients.",
+            "Lower the learning rate (for convolutions, MODEL.DCNV2.OFFSET_LR_FACTOR), or clip gradients.",
             name, mean, unit, limit,
         )  # fmt: skip
 
