@@ -183,7 +183,8 @@ def draw(tables, path):
             axis.bar(x, [r["milliseconds"][name] for r in records], 0.8 / len(names), label=name)
         for j, record in enumerate(records):
             axis.plot([j - 0.45, j + 0.45], [record["floor"]] * 2, "k", label="floor" if j == 0 else None)
-        axis.set(title=title, yscale="log", ylabel="ms")
+        axis.set(yscale="log", ylabel="ms")
+        axis.set_title(title, fontsize=9)
         axis.set_xticks(range(len(records)), [r["row"] for r in records], fontsize=6)
         axis.legend(fontsize=6)
     for axis in axes.flat[len(tables) :]:

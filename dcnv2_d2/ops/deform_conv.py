@@ -30,7 +30,8 @@ def deform_conv2d(
     is 0, and so is its derivative by the position. A NaN or infinite position is outside.
 
     Coordinates, interpolation and sums are in float32 (float64 for a float64 input), and the result is rounded once.
-    On the CPU equal inputs give equal bits at a given number of threads. Derivatives are of the first order only.
+    On the CPU equal inputs give equal bits at a given number of threads. On a GPU the gradient of the input varies in
+    the last bits. Derivatives are of the first order only.
 
     Args:
         input (Tensor[N, C, H, W]): float64, float32, bfloat16 or float16, contiguous or channels_last; the result has
