@@ -75,7 +75,7 @@ def test_registered(name):
         (FPN, R18),
         (RETINANET, R18),
         (DC5, R50_IN_3X3),
-        (ASPP, {**R50_IN_3X3, "DCNV2.DC5_CHANNELS": 32}),
+        (ASPP, {**R50_IN_3X3, "DCNV2.DC5_CHANNELS": 64}),
         (SMALL, TINY),
     ],
     ids=["R18", "R50", "R50-dilated", "X50", "FPN", "RetinaNet", "DC5", "ASPP", "small"],
