@@ -45,8 +45,16 @@ def numbers(count):
     return parse
 
 
+def image(text):
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text} is not a file")
+    return Path(text)
+
+
 def run(text):
     name, _, folder = text.rpartition("=")
+    if not (Path(folder) / "config.yaml").is_file():
+        raise argparse.ArgumentTypeError(f"{folder} must hold the config.yaml of a training run")
     return name or Path(folder).name, Path(folder)
 
 
@@ -58,7 +66,7 @@ def parse_args():
         "--runs", type=run, nargs="+", metavar="NAME=FOLDER",
         help="models side by side: output folders of training runs, with config.yaml and a checkpoint",
     )  # fmt: skip
-    parser.add_argument("--input", type=Path, nargs="+", help="images; by default one of the first model's test set")
+    parser.add_argument("--input", type=image, nargs="+", help="images; by default one of the first model's test set")
     parser.add_argument("--index", type=int, default=0, help="which of the test set's images, without --input")
     parser.add_argument("--at", type=numbers(2), action="append", metavar="X,Y", help="backbone node; repeatable")
     parser.add_argument(
@@ -89,9 +97,9 @@ def load(config_file, opts, folder=None):
     model = build_model(cfg).eval()
     checkpointer = Checkpointer(model, save_dir=str(folder or ""))
     if folder is None and not cfg.MODEL.WEIGHTS:
-        raise SystemExit("MODEL.WEIGHTS must be given: an untrained model sees nothing worth a picture")
+        raise ValueError("MODEL.WEIGHTS must be given: what an untrained model sees says nothing")
     if folder is not None and not checkpointer.has_checkpoint():
-        raise SystemExit(f"--runs: {folder} must hold the checkpoint of a training run, got none")
+        raise ValueError(f"--runs: {folder} must hold a checkpoint, got none")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=folder is not None)
     return cfg, model
 
@@ -101,6 +109,14 @@ def read(cfg, path):
     original = read_image(str(path), cfg.INPUT.FORMAT)
     resize = T.ResizeShortestEdge([cfg.INPUT.MIN_SIZE_TEST] * 2, cfg.INPUT.MAX_SIZE_TEST).get_transform(original)
     return torch.from_numpy(resize.apply_image(original).astype("float32").transpose(2, 0, 1)), resize
+
+
+def test_image(cfg, index):
+    """The file of an image of the test set, counting those with objects."""
+    annotated = [record for record in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if record["annotations"]]
+    if not 0 <= index < len(annotated):
+        raise ValueError(f"--index must be below {len(annotated)}, got {index}")
+    return Path(annotated[index]["file_name"])
 
 
 def given_nodes(args, resize):
@@ -161,21 +177,16 @@ def dilation(args, models):
 def main():
     args = parse_args()
     setup_logger(name="dcnv2_d2")
-    if args.config_file:
-        models = {args.config_file.stem: load(args.config_file, args.opts)}
-    else:
-        models = {name: load(folder / "config.yaml", args.opts, folder) for name, folder in args.runs}
-    args.output.mkdir(parents=True, exist_ok=True)
     try:
+        if args.config_file:
+            models = {args.config_file.stem: load(args.config_file, args.opts)}
+        else:
+            models = {name: load(folder / "config.yaml", args.opts, folder) for name, folder in args.runs}
+        args.output.mkdir(parents=True, exist_ok=True)
         if args.dilation is not None:
             dilation(args, models)
             return
-        paths = args.input
-        if not paths:
-            cfg = next(iter(models.values()))[0]
-            annotated = [r for r in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if r["annotations"]]
-            paths = [Path(annotated[args.index]["file_name"])]
-        for path in paths:
+        for path in args.input or [test_image(next(iter(models.values()))[0], args.index)]:
             analyze(args, models, path)
     except ValueError as error:
         raise SystemExit(str(error)) from error

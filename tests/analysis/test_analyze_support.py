@@ -50,7 +50,7 @@ FAST = ("--cell", "32", "--levels", "1", "--bound", "0.5")
 
 
 def test_side_by_side(tool, runs, monkeypatch, tmp_path):
-    both = [f"{name}={runs / name}" for name in MODELS]
+    both = [f"{name}={runs / name}" for name in MODELS]  # they resize to 128
     nodes = ("--at", "31,11", "--box", "8,12,60,40")
     call(tool, monkeypatch, "--runs", *both, "--input", runs / "picture.png", *nodes, *FAST, "--output", tmp_path)
     with Image.open(tmp_path / "picture_nodes.png") as figure:
@@ -81,7 +81,7 @@ def test_one_model_and_its_own_detections(tool, runs, monkeypatch, tmp_path):
         *(tool, monkeypatch, "--config-file", runs / "DCNv2" / "config.yaml", "--score", "0", *FAST),
         *("--output", tmp_path, "--input", runs / "picture.png", "--layers", "res5"),
         *("MODEL.WEIGHTS", runs / "DCNv2" / "model_final.pth"),
-        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RPN.POST_NMS_TOPK_TEST", "5"),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RPN.POST_NMS_TOPK_TEST", "5", "INPUT.MIN_SIZE_TEST", "64"),
     )
     assert (tmp_path / "picture_backbone.png").is_file() and (tmp_path / "picture_roi.png").is_file()
     found = {
