@@ -15,12 +15,11 @@ import argparse
 import csv
 import functools
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
-import dcnv2_d2  # before Detectron2: it makes old releases importable
 import torch
-from detectron2.config import CfgNode, get_cfg
+from dcnv2_d2 import load_config  # before Detectron2: it makes old releases importable
+from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from fvcore.nn import parameter_count
 from torch import Tensor, nn
@@ -35,15 +34,6 @@ ALL_BOXES = [
     *("MODEL.ROI_HEADS.NMS_THRESH_TEST", 1.0, "MODEL.ROI_HEADS.SCORE_THRESH_TEST", 0.0),
 ]
 aten, ours = torch.ops.aten, torch.ops.dcnv2_d2
-
-
-def load(path: Path, opts: Sequence = ()) -> CfgNode:
-    """A config file with changes, KEY VALUE."""
-    cfg = get_cfg()
-    dcnv2_d2.add_dcnv2_config(cfg)
-    cfg.merge_from_file(str(path))
-    cfg.merge_from_list([*opts])
-    return cfg
 
 
 def parameters(cfg: CfgNode) -> int:
@@ -164,7 +154,7 @@ def main():
     args = parser.parse_args()
     rows = []
     for path in args.configs:
-        cfg = load(path, args.opts)
+        cfg = load_config(str(path), ["MODEL.DEVICE", "cpu", *args.opts])
         counts = flops(cfg, args.size or image_size(cfg), args.interpolation)
         rows.append((path.stem, parameters(cfg), counts[""]))
         if args.modules:

@@ -5,10 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from dcnv2_d2 import add_dcnv2_config
-from dcnv2_d2.config import check_config
+from dcnv2_d2 import load_config
 from dcnv2_d2.layers import DeformConv2d, DeformRoIPool, ModulatedDeformConv2d, ModulatedDeformRoIPool
-from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -37,12 +35,7 @@ def one_thread():
 
 
 def load(path):
-    cfg = get_cfg()
-    add_dcnv2_config(cfg)
-    cfg.merge_from_file(str(path))  # raises on a key that is not known
-    cfg.MODEL.DEVICE = "cpu"
-    check_config(cfg)
-    return cfg
+    return load_config(str(path), ["MODEL.DEVICE", "cpu"])  # raises on a key that is not known
 
 
 def make_input():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from dcnv2_d2 import load_config
 
 ROOT = Path(__file__).parents[2]
 TOOL = runpy.run_path(str(ROOT / "tools" / "analyze_model.py"))
@@ -45,9 +46,7 @@ def test_parameters_of_table_1(model, row):
     if (model, row) == ("mask", "regular_roipool"):
         pytest.skip("not in the paper")
     name, published = f"{model}_rcnn_R_50_DC5_1000px_", TOOL["published"]()
-    regular, deformable = (
-        TOOL["parameters"](TOOL["load"](TABLE1 / f"{name}{r}.yaml", ["MODEL.DEVICE", "cpu"])) for r in ("regular", row)
-    )
+    regular, deformable = (TOOL["parameters"](load_config(str(TABLE1 / f"{name}{r}.yaml"))) for r in ("regular", row))
     exact, specified = ADDED[row]
     assert deformable - regular == exact
     assert exact / 2**20 == pytest.approx(specified, abs=0.01)
@@ -57,7 +56,7 @@ def test_parameters_of_table_1(model, row):
 
 
 def count(path, size, *opts, **kwargs):
-    return TOOL["flops"](TOOL["load"](path, opts), size, **kwargs)
+    return TOOL["flops"](load_config(str(path), opts), size, **kwargs)
 
 
 def test_deformable_layers():
