@@ -242,8 +242,8 @@ def test_deform_roi_pool_awkward_values(run, memory_format, sampling_ratio):
 )  # fmt: skip
 def test_deform_ps_roi_pool(run, channels, groups, bins, classes, parts, sampling_ratio, dtype, memory_format):
     input = torch.randn(2, channels * groups**2, 11, 13).to(dtype)
-    boxes = torch.cat([torch.randint(2, (5, 1)), torch.rand(5, 2) * 20 - 3, torch.rand(5, 2) * 30 + 3], 1)
-    offset = torch.randn(5, 2 * classes, *parts) * 2 if classes else None
-    mask = torch.rand(5, 1, *bins)
+    boxes = torch.cat([torch.randint(2, (3, 1)), torch.rand(3, 2) * 20 - 3, torch.rand(3, 2) * 30 + 3], 1)
+    offset = torch.randn(3, 2 * classes, *parts) * 2 if classes else None
+    mask = torch.rand(3, 1, *bins)
     arguments = [input, boxes, offset, mask, list(bins), 0.5, sampling_ratio, 0.1, groups]
     compare(run, "deform_ps_roi_pool", arguments, memory_format)
