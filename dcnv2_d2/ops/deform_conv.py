@@ -29,7 +29,8 @@ def deform_conv2d(
     pixels are interpolated bilinearly, a neighbour outside the map counting as 0. A sample at y <= -1 or y >= H (or x)
     is 0, and so is its derivative by the position. A NaN or infinite position is outside.
 
-    Coordinates, interpolation and sums are in float32 (float64 for a float64 input), and the result is rounded once.
+    Coordinates, interpolation and sums are in float32 (float64 for a float64 input). In a half type the samples may be
+    rounded to it before they are multiplied with the weight, as PyTorch's own products do.
     On the CPU equal inputs give equal bits at a given number of threads. On a GPU the gradient of the input varies in
     the last bits. Derivatives are of the first order only.
 
