@@ -21,7 +21,7 @@ import dcnv2_d2
 import torch
 from dcnv2_d2.analysis import BackboneNode, RoINode, choose_nodes, effective_dilation, find_support
 from dcnv2_d2.analysis.dilation import AREAS
-from dcnv2_d2.analysis.figures import draw_supports
+from dcnv2_d2.analysis.figures import INSTRUMENTS, draw_supports
 from dcnv2_d2.analysis.locations import LAYERS
 from dcnv2_d2.analysis.saliency import BOUND, LEVELS
 from dcnv2_d2.checkpoint import Checkpointer
@@ -86,6 +86,7 @@ def parse_args():
     parser.add_argument(
         "--areas", type=float, nargs=2, default=AREAS, help="of the largest small and medium box, for --dilation"
     )
+    parser.add_argument("--rows", nargs="+", choices=INSTRUMENTS, default=INSTRUMENTS, help="of the figure")
     parser.add_argument("--output", type=Path, default=Path("output/analysis"))
     parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config changes, for all models")
     return parser.parse_args()
@@ -159,7 +160,7 @@ def analyze(args, models, path):
                     support.saliency.evaluations, time.perf_counter() - start,
                 )  # fmt: skip
         figure = args.output / f"{path.stem}_{kind}.png"
-        draw_supports(figure, supports)
+        draw_supports(figure, supports, args.rows)
         logger.info("Picture: %s", figure)
 
 

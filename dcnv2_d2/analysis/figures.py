@@ -1,5 +1,6 @@
 """The figure of section 2 of Deformable ConvNets v2: what nodes of several models see."""
 
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 
@@ -11,16 +12,17 @@ from torchvision.transforms.functional import gaussian_blur
 from .nodes import BackboneNode
 from .support import Support
 
+INSTRUMENTS = ("sampling locations", "effective receptive field", "saliency region")
 PANEL = 1.7  # inches, its width; so are the rest
 GAP, MODEL_GAP = 0.05, 0.2
 LEFT, TOP, BOTTOM = 0.3, 0.45, 0.22
-DPI = 100
+DPI = 90
 NODE = "#39ff14"
 DOTS, HEAT = "autumn_r", "hot"
 
 
-def draw_supports(path: Path, supports: dict[str, list[Support]]) -> None:
-    """A block of columns for each model, a column for each node, and three rows.
+def draw_supports(path: Path, supports: dict[str, list[Support]], rows: Sequence[str] = INSTRUMENTS) -> None:
+    """A block of columns for each model, a column for each node, and a row for each instrument.
 
     Dots are the samples of all layers that were looked at or, for RoI nodes, squares are the bins. Strengths are drawn
     by their square root, relative to the strongest of the panel, the receptive field blurred by a pixel or so. What is
@@ -28,12 +30,9 @@ def draw_supports(path: Path, supports: dict[str, list[Support]]) -> None:
 
     Args:
         supports: model -> the supports of its nodes; all images have the first one's aspect ratio.
+        rows: of INSTRUMENTS.
     """
-    rows = {
-        "sampling locations": _draw_locations,
-        "effective receptive field": _draw_receptive_field,
-        "saliency region": _draw_saliency,
-    }
+    draws = dict(zip(INSTRUMENTS, (_draw_locations, _draw_receptive_field, _draw_saliency), strict=True))
     first = next(iter(supports.values()))[0].image
     height = PANEL * first.shape[0] / first.shape[1]
     widths = [len(nodes) * (PANEL + GAP) + MODEL_GAP for nodes in supports.values()]
@@ -50,24 +49,25 @@ def draw_supports(path: Path, supports: dict[str, list[Support]]) -> None:
         for i, support in enumerate(nodes):
             x = start + i * (PANEL + GAP)
             figure.text(*place(x + PANEL / 2, TOP - 0.03), support.title, ha="center", va="bottom", size=8)
-            for j, draw in enumerate(rows.values()):
+            for j, name in enumerate(rows):
                 lower_left = place(x, TOP + j * (height + GAP) + height)
                 axes = figure.add_axes((*lower_left, *([PANEL, height] / size)), xticks=[], yticks=[])
-                draw(axes, support)
+                draws[name](axes, support)
                 _mark_node(axes, support.node)
                 axes.set(xlim=(-0.5, support.image.shape[1] - 0.5), ylim=(support.image.shape[0] - 0.5, -0.5))
                 axes.spines[:].set_visible(False)
-            note = f"{support.saliency.area:.0%} of the image, error {support.saliency.error:.3f}"
-            figure.text(*place(x + PANEL / 2, size[1] - BOTTOM + 0.02), note, ha="center", va="top", size=7)
+            if rows[-1] == "saliency region":
+                note = f"{support.saliency.area:.1%} of the image, error {support.saliency.error:.3f}"
+                figure.text(*place(x + PANEL / 2, size[1] - BOTTOM + 0.02), note, ha="center", va="top", size=7)
     for j, name in enumerate(rows):
         figure.text(
             *place(LEFT / 2, TOP + j * (height + GAP) + height / 2), name, rotation=90, ha="center", va="center", size=8
         )
-    figure.savefig(path)
+    figure.savefig(path, pil_kwargs={"optimize": True})
 
 
 def _draw_locations(axes, support: Support) -> None:
-    axes.imshow(_muted(support.image, 0.6))
+    axes.imshow(_muted(support.image, 0.7))
     bins = [layer for layer in support.locations if layer.of_bins]
     position, strength = (
         np.concatenate([getattr(layer, name).cpu().numpy() for layer in bins or support.locations])
@@ -77,13 +77,17 @@ def _draw_locations(axes, support: Support) -> None:
     order = shade.argsort()  # the strongest on top
     (y, x), shade = position[order].T, shade[order]
     if bins:
-        axes.scatter(x, y, 20, shade, "s", DOTS, vmin=0, vmax=1, edgecolors="k", linewidths=0.4)
+        node = support.node
+        spacing = ((node.x2 - node.x1) * (node.y2 - node.y1) / len(x)) ** 0.5 * PANEL * 72 / support.image.shape[1]
+        axes.scatter(
+            x, y, min(0.8 * spacing, 4.5) ** 2, shade, "s", DOTS, vmin=0, vmax=1, edgecolors="k", linewidths=0.4
+        )
     else:
         axes.scatter(x, y, 2 + 16 * shade, shade, "o", DOTS, vmin=0, vmax=1, alpha=shade, linewidths=0)
 
 
 def _draw_receptive_field(axes, support: Support) -> None:
-    axes.imshow(_muted(support.image, 0.6))
+    axes.imshow(_muted(support.image, 0.7))
     field = support.receptive_field[None].cpu()
     side = 2 * (min(field.shape[-2:]) // 128) + 3
     shade = _shade(gaussian_blur(field, side)[0].numpy())
@@ -112,4 +116,4 @@ def _shade(strength: np.ndarray) -> np.ndarray:
 def _muted(image: np.ndarray, light: float) -> np.ndarray:
     """Darker and less colourful, so that what is drawn on top of it is legible: uint8 [H, W, 3]."""
     grey = image.mean(axis=2, keepdims=True)
-    return (light * (0.6 * grey + 0.4 * image)).astype(np.uint8)
+    return (light * (grey + image) / 2).astype(np.uint8)

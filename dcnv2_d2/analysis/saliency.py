@@ -83,8 +83,8 @@ def saliency_region(
                 size //= 2
                 rows, columns = (-(-side // size) for side in image.shape[-2:])
                 kept = kept.repeat_interleave(2, 0)[:rows].repeat_interleave(2, 1)[:, :columns]
+            bar.set_description(f"saliency, {kept.float().mean():.0%} left, cells of {size} px")
             kept = search.shrink(kept, size, bound * _MARGIN)
-            bar.set_description(f"saliency, cells of {size} px, {kept.float().mean():.0%} left")
         mask = search.pixels(kept, size)
         (error,) = search.errors(kept[None], size).tolist()
     return SaliencyRegion(mask, error, bound, cell, search.evaluations)

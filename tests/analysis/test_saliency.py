@@ -127,7 +127,7 @@ def test_progress(capsys):
     saliency_region(respond, image, FILL)
     assert not capsys.readouterr().err
     saliency_region(respond, image, FILL, progress=True)
-    assert "saliency, cells of" in capsys.readouterr().err
+    assert "left, cells of 2 px" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
