@@ -1,7 +1,9 @@
-// A GPU in one thread of the CPU, enough of it to run the sources in csrc/cuda: the test puts this file in the place of c10/cuda's.
+// A GPU in one thread of the CPU, enough of it to run the sources in csrc/cuda: the test puts this file in the place of
+// c10/cuda's.
 //
 // Each thread of a block is a fiber. Fibers change only at barriers and warp operations, and in random order, so that a
-// missing barrier shows in the results; a barrier or a warp operation that not all of its threads reach ends the process.
+// missing barrier shows in the results; a barrier or a warp operation that not all of its threads reach ends the
+// process.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -71,7 +73,8 @@ inline bool release(int first, int last, State state) {
   if (waiting == 0) return false;
   require(waiting == last - first, "not all threads reach it");
   for (int t = first; t < last; ++t) {
-    require(state == State::kAtBlockBarrier || fibers[t].line == fibers[first].line, "lanes are at different operations");
+    require(
+        state == State::kAtBlockBarrier || fibers[t].line == fibers[first].line, "lanes are at different operations");
     fibers[t].state = State::kRuns;
   }
   return true;
