@@ -61,15 +61,15 @@ DCNV2_HOST_DEVICE BilinearSample<scalar_t, index_t> sample_zero_padded(
       x - scalar_t(x_low)};
 }
 
-// One axis of a sample that is clamped into the map. In a clamped direction the two neighbours coincide, which makes the
-// derivative zero there.
+// One axis of a sample that is clamped into the map. In a clamped direction the two neighbours coincide, which makes
+// the derivative zero there.
 template <typename scalar_t, typename index_t>
 struct AxisSample {
   index_t low, high;
   scalar_t distance;  // to the low neighbour, in [0, 1)
 };
 
-// False, for nothing to add, farther than `reach` pixels from the first or the last pixel. NaN and infinite positions are.
+// False, for nothing to add, more than `reach` pixels before the first or after the last pixel; so for NaN and infinity.
 template <typename scalar_t, typename index_t>
 DCNV2_HOST_DEVICE bool clamp_to_axis(
     scalar_t position, index_t size, scalar_t reach, AxisSample<scalar_t, index_t>& axis) {
@@ -77,23 +77,6 @@ DCNV2_HOST_DEVICE bool clamp_to_axis(
   axis.low = position <= 0 ? 0 : position >= scalar_t(size - 1) ? size - 1 : static_cast<index_t>(position);
   axis.high = position > 0 && axis.low < size - 1 ? axis.low + 1 : axis.low;
   axis.distance = axis.high > axis.low ? position - scalar_t(axis.low) : scalar_t(0);
-  return true;
-}
-
-// The rule of RoIAlign, with a reach of 1, and of position-sensitive pooling, with one of 1/2: false, for nothing to add,
-// at y < -reach or y > height - 1 + reach (or x); otherwise the position is clamped into the map.
-template <typename scalar_t, typename index_t>
-DCNV2_HOST_DEVICE bool sample_clamped(
-    scalar_t y, scalar_t x, index_t height, index_t width, BilinearSample<scalar_t, index_t>& sample,
-    scalar_t reach = scalar_t(1)) {
-  AxisSample<scalar_t, index_t> row, column;
-  if (!clamp_to_axis(y, height, reach, row) || !clamp_to_axis(x, width, reach, column)) return false;
-  sample.index[0] = row.low * width + column.low;
-  sample.index[1] = row.low * width + column.high;
-  sample.index[2] = row.high * width + column.low;
-  sample.index[3] = row.high * width + column.high;
-  sample.ly = row.distance;
-  sample.lx = column.distance;
   return true;
 }
 

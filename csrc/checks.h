@@ -1,4 +1,5 @@
-// Checks that every operator makes of its tensors. They raise TypeError or ValueError that names the argument.
+// Checks that every operator makes of its tensors, and the choice by their type. They raise TypeError or ValueError that
+// names the argument.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -26,6 +27,23 @@ inline void check_sizes(
     const char* op, const at::Tensor& t, at::IntArrayRef expected, const char* name, const char* meaning) {
   TORCH_CHECK_VALUE(
       t.sizes() == expected, op, ": ", name, " must have the shape ", expected, " (", meaning, "), got ", t.sizes());
+}
+
+// Calls fn(scalar, accumulator) with a zero of each type.
+template <typename fn_t>
+auto dispatch(const char* op, at::ScalarType type, const fn_t& fn) {
+  switch (type) {
+    case at::kDouble:
+      return fn(double(), double());
+    case at::kFloat:
+      return fn(float(), float());
+    case at::kBFloat16:
+      return fn(at::BFloat16(), float());
+    case at::kHalf:
+      return fn(at::Half(), float());
+    default:
+      TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
+  }
 }
 
 }  // namespace dcnv2

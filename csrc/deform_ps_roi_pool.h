@@ -1,6 +1,6 @@
 // Deformable position-sensitive RoI pooling: the sizes of one call, the checks of its arguments, and the geometry of a
 // box, for every backend. A kernel adds up the samples BinAxis::at(i), i = 0 .. sampling_ratio - 1 of both axes, by
-// sample_clamped with the reach below, and divides by the number of those that it does not refuse.
+// clamp_to_axis with the reach below, and divides by the number of those that it does not refuse.
 #pragma once
 
 #include <cmath>

@@ -56,7 +56,8 @@ TORCH_LIBRARY(dcnv2_d2, m) {
       "int[2] output_size, float spatial_scale, int sampling_ratio, float gamma, bool[3] wanted) "
       "-> (Tensor, Tensor, Tensor)");
 
-  // input [N, C, H, W], boxes as above, offset [K, 2 * classes, Qh, Qw], mask [K, 1, Ph, Pw] -> [K, C / group_size**2, Ph, Pw]
+  // input [N, C, H, W], boxes as above, offset [K, 2 * classes, Qh, Qw], mask [K, 1, Ph, Pw]
+  // -> [K, C / group_size**2, Ph, Pw]
   m.def(
       "deform_ps_roi_pool(Tensor input, Tensor boxes, Tensor? offset, Tensor? mask, int[2] output_size, "
       "float spatial_scale, int sampling_ratio, float gamma, int group_size) -> Tensor");

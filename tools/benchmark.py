@@ -136,19 +136,19 @@ def synchronize(device):
         torch.cuda.synchronize()
 
 
-def run_once(operator, row, backward, threads, memory_format, inputs):
+def run_once(operator, row, backward, threads, memory_format, inputs, clock=time.perf_counter):
     """Milliseconds of one call."""
     torch.set_num_threads(threads)
     inputs = {k: v.clone().requires_grad_(backward and k != "boxes") for k, v in inputs.items()}
     inputs["input"] = inputs["input"].detach().contiguous(memory_format=memory_format).requires_grad_(backward)
     device = inputs["input"].device.type
     synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     output = operator(row, **inputs)
     if backward:
         output.backward(torch.ones_like(output))
     synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
+    return 1e3 * (clock() - start)
 
 
 def compare(calls, make_inputs, repeats):
@@ -187,7 +187,9 @@ def conv_table(title, args, dtype, backward):
         for row in ROWS:
             keys = [("ours", n) for n in threads] + [(name, threads[-1]) for name in CONTESTANTS if name != "ours"]
             calls = {
-                (name, n): partial(run_once, CONTESTANTS[name], row, backward, n, torch.contiguous_format)
+                (name, n): partial(
+                    run_once, CONTESTANTS[name], row, backward, n, torch.contiguous_format, clock=args.clock
+                )
                 for name, n in keys
             }
             medians = compare(calls, partial(make_inputs, row, args.batch, dtype, args.device), args.repeats)
@@ -207,7 +209,7 @@ def pool_table(title, args, dtype, backward):
     def lines():
         for row in POOL_ROWS:
             timed = {
-                name: partial(run_once, call, row, backward, args.threads, layout)
+                name: partial(run_once, call, row, backward, args.threads, layout, clock=args.clock)
                 for name, (call, layout) in calls.items()
             }
             medians = compare(timed, partial(make_pool_inputs, row, args.batch, dtype, args.device), args.repeats)
@@ -265,6 +267,10 @@ def main():
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="the operators to time")
+    parser.add_argument(
+        "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
+        help="of all threads together, instead of the time that passes: with --threads 1, fair on a busy machine",
+    )  # fmt: skip
     parser.add_argument("--memory-of", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -274,7 +280,8 @@ def main():
         return
     processor = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
     print(f"{platform.processor() or platform.machine()}, {processor}, torch {torch.__version__}, ", end="")
-    print(f"torchvision {torchvision.__version__}, medians of {args.repeats}, {time.strftime('%Y-%m-%d')}")
+    measured = "processor time" if args.clock is time.process_time else "time"
+    print(f"torchvision {torchvision.__version__}, medians of {args.repeats}, {measured}, {time.strftime('%Y-%m-%d')}")
     for operator, dtype, backward in itertools.product(args.only, args.dtypes, (False, True)):
         what = "forward + backward" if backward else "forward"
         TABLES[operator](f"{operator}, {what}, {dtype}, batch {args.batch}", args, getattr(torch, dtype), backward)

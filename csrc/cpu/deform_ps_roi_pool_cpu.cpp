@@ -15,7 +15,7 @@ at::Tensor deform_ps_roi_pool(
   const DeformPSRoIPoolShape s = check_deform_ps_roi_pool(
       input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, group_size);
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return dispatch_pool("deform_ps_roi_pool", input.scalar_type(), [&](auto scalar, auto acc) {
+  return dispatch("deform_ps_roi_pool", input.scalar_type(), [&](auto scalar, auto acc) {
     return pool_forward<decltype(scalar), decltype(acc)>(s, input, boxes, offset, mask);
   });
 }
@@ -30,7 +30,7 @@ PoolGradients deform_ps_roi_pool_backward(
   check_same_dtype(op, grad, input, "grad");
   check_sizes(op, grad, {s.boxes, s.out_channels(), s.pooled_h, s.pooled_w}, "grad", "[K, C / group_size**2, Ph, Pw]");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return dispatch_pool(op, input.scalar_type(), [&](auto scalar, auto acc) {
+  return dispatch(op, input.scalar_type(), [&](auto scalar, auto acc) {
     return pool_backward<decltype(scalar), decltype(acc)>(s, grad, input, boxes, offset, mask, wanted);
   });
 }

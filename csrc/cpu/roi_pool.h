@@ -2,7 +2,8 @@
 //
 // The samples of a bin form a grid, so their weights are products of one of the row and one of the column: a bin is a
 // sum over the pixels that its samples touch, each once, however many samples touch it. The map is laid out channels
-// last, so that a pixel is a contiguous vector. Forward, threads share out the boxes; backward, each owns a block of
+// last, so that a pixel is a contiguous vector: where the input is not, a block of channels of one image at a time, in
+// memory that is used again and stays in the cache. Forward, threads share out the boxes; backward, each owns a block of
 // channels of the input gradient, so nothing is atomic and every run gives the same bits.
 #pragma once
 
@@ -19,7 +20,14 @@
 
 namespace dcnv2 {
 
-// The pixels of one bin, by their place in the map (in elements), and their weights.
+// Channels of one image, pixel by pixel: [groups * H * W] rows of channels, which begin `stride` elements apart.
+template <typename value_t>
+struct Rows {
+  value_t* data;
+  int64_t stride;
+};
+
+// The pixels of one bin, by the place of their rows (in elements), and their weights.
 template <typename acc_t>
 struct BinStencil {
   AxisStencil<acc_t, std::vector<StencilEntry<acc_t>>> rows, columns;
@@ -27,18 +35,19 @@ struct BinStencil {
   std::vector<acc_t> weights;
   acc_t samples = 0;
 
-  // False for a bin without samples, which is zero. `factor` goes into the weights.
-  bool locate(const PoolBin<acc_t>& bin, const PoolSizes& s, acc_t factor, int64_t first_channel) {
+  // False for a bin without samples, which is zero. `factor` goes into the weights, `stride` is that of the rows.
+  bool locate(const PoolBin<acc_t>& bin, const PoolSizes& s, acc_t factor, int64_t stride) {
     rows.locate(bin.y, bin.y.first, bin.y.last, s.height, static_cast<acc_t>(s.reach));
     columns.locate(bin.x, bin.x.first, bin.x.last, s.width, static_cast<acc_t>(s.reach));
     places.clear();
     weights.clear();
     if (rows.samples == 0 || columns.samples == 0) return false;
     samples = bin.samples > 0 ? bin.samples : acc_t(rows.samples * columns.samples);
+    const int64_t first = bin.plane % s.groups * s.pixels();
     for (const auto& row : rows.entries) {
       const acc_t weight = factor / samples * row.weight;
       for (const auto& column : columns.entries) {
-        places.push_back((bin.plane * s.pixels() + row.pixel * s.width + column.pixel) * s.channels + first_channel);
+        places.push_back((first + row.pixel * s.width + column.pixel) * stride);
         weights.push_back(weight * column.weight);
       }
     }
@@ -107,18 +116,32 @@ DCNV2_MULTIVERSION void dot_with_pixels(
 // Elements from one row of so many channels to the next, chosen against conflicts in the cache
 inline int64_t spaced(int64_t channels) { return channels + 16; }
 
+inline int64_t rounded_up(int64_t count, int64_t step) { return (count + step - 1) / step * step; }
+
+// Channels of a block: an equal part of `channels`, of which the rows of one image take up no more than 15 MB (fresh
+// memory costs more than what is done with it, and an allocator does not keep large pieces); a cache line at least.
+template <typename acc_t>
+int64_t block_of_channels(const PoolSizes& s, int64_t channels) {
+  constexpr int64_t most = (15 << 20) / sizeof(acc_t), least = 16;
+  const int64_t fit = std::max(most / std::max<int64_t>(s.groups * s.pixels(), 1) / least * least, least);
+  const int64_t parts = std::max<int64_t>((channels + fit - 1) / fit, 1);
+  return std::max(rounded_up((channels + parts - 1) / parts, least), least);
+}
+
 // The tensors of one call in the types and layouts that the loops want.
 template <typename scalar_t, typename acc_t>
 struct PoolCall {
   const PoolSizes& s;
-  at::Tensor map;                  // [N, groups, H * W, channels], acc_t
+  at::Tensor input;                // dense
   at::Tensor boxes, offset, mask;  // contiguous, acc_t; offset and mask may be undefined
+  std::vector<std::vector<int64_t>> boxes_of;  // by image
+  bool direct;                     // whether the input is rows of acc_t already
   at::TensorOptions options = at::TensorOptions().dtype(c10::CppTypeToScalarType<acc_t>::value);
 
   PoolCall(
-      const PoolSizes& sizes, const at::Tensor& input, const at::Tensor& boxes_,
+      const PoolSizes& sizes, const at::Tensor& input_, const at::Tensor& boxes_,
       const std::optional<at::Tensor>& offset_, const std::optional<at::Tensor>& mask_)
-      : s(sizes) {
+      : s(sizes), input(input_.contiguous(input_.suggest_memory_format())), boxes_of(sizes.batch) {
     boxes = boxes_.to(options).contiguous();
     if (offset_.has_value()) offset = offset_->to(options).contiguous();
     if (mask_.has_value()) mask = mask_->to(options).contiguous();
@@ -127,20 +150,9 @@ struct PoolCall {
       TORCH_CHECK_VALUE(
           index >= 0 && index < acc_t(s.batch), s.op, ": boxes must have a batch index from 0 to ", s.batch - 1,
           " in their first column, got ", index, " in row ", k);
+      boxes_of[static_cast<int64_t>(index)].push_back(k);
     }
-    const at::Tensor dense = input.contiguous(input.suggest_memory_format());
-    const bool last = dense.stride(1) == 1;
-    if (last && s.groups == 1 && std::is_same_v<scalar_t, acc_t>) {
-      map = dense.permute({0, 2, 3, 1});
-      return;
-    }
-    map = at::empty({s.batch, s.groups, s.pixels(), s.channels}, options);
-    advise_large_pages(map);
-    for_each_plane(dense, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
-      to_channels_last(
-          map.data_ptr<acc_t>() + place, dense.const_data_ptr<scalar_t>() + at, s.pixels(), s.channels, channel_stride,
-          pixel_stride);
-    });
+    direct = input.stride(1) == 1 && s.groups == 1 && std::is_same_v<scalar_t, acc_t>;
   }
 
   PoolArguments<acc_t> arguments() const {
@@ -148,35 +160,56 @@ struct PoolCall {
   }
   acc_t mask_of(int64_t bin) const { return mask.defined() ? mask.const_data_ptr<acc_t>()[bin] : acc_t(1); }
 
-  // The gradient of the map as a tensor of the size and layout of `input`
-  at::Tensor input_grad(const at::Tensor& map_grad, const at::Tensor& input) const {
-    const at::MemoryFormat layout = input.suggest_memory_format();
-    if (s.groups == 1 && layout == at::MemoryFormat::ChannelsLast) {
-      return map_grad.view({s.batch, s.height, s.width, s.channels}).permute({0, 3, 1, 2}).to(input.scalar_type());
+  int64_t elements_of(int64_t channels) const { return direct ? 0 : s.groups * s.pixels() * channels; }
+
+  // The channels first .. last - 1 of image n of `tensor`, which is laid out as the input; copied into `buffer`, if they
+  // are no rows.
+  Rows<const acc_t> rows(const at::Tensor& tensor, int64_t n, int64_t first, int64_t last, acc_t* buffer) const {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (direct) return {tensor.const_data_ptr<acc_t>() + n * s.pixels() * s.channels + first, s.channels};
     }
-    const at::Tensor grad = at::empty(input.sizes(), input.options().memory_format(layout));
-    advise_large_pages(grad);
-    for_each_plane(grad, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
-      from_channels_last(
-          grad.data_ptr<scalar_t>() + at, map_grad.const_data_ptr<acc_t>() + place, s.pixels(), s.channels,
-          channel_stride, pixel_stride);
+    for_each_plane(n, first, last, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
+      to_channels_last(
+          buffer + place, tensor.const_data_ptr<scalar_t>() + at, s.pixels(), last - first, channel_stride, pixel_stride);
     });
-    return grad;
+    return {buffer, last - first};
+  }
+  // The rows of a result, to be added to, and their way back
+  Rows<acc_t> result_rows(const at::Tensor& tensor, int64_t n, int64_t first, int64_t last, acc_t* buffer) const {
+    if constexpr (std::is_same_v<scalar_t, acc_t>) {
+      if (direct) return {tensor.data_ptr<acc_t>() + n * s.pixels() * s.channels + first, s.channels};
+    }
+    std::fill(buffer, buffer + elements_of(last - first), acc_t(0));
+    return {buffer, last - first};
+  }
+  void store_rows(const at::Tensor& tensor, int64_t n, int64_t first, int64_t last, const acc_t* buffer) const {
+    if (direct) return;
+    for_each_plane(n, first, last, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
+      from_channels_last(
+          tensor.data_ptr<scalar_t>() + at, buffer + place, s.pixels(), last - first, channel_stride, pixel_stride);
+    });
   }
 
  private:
-  // visit(where a plane begins in the dense tensor [N, channels * groups, H, W], where in the map, strides of the
-  // former)
+  // visit(where a plane of image n begins in a dense tensor [N, channels * groups, H, W], where in the rows, strides of
+  // the former)
   template <typename visit_t>
-  void for_each_plane(const at::Tensor& dense, const visit_t& visit) const {
-    const bool last = dense.stride(1) == 1;
-    for (int64_t p = 0; p < s.batch * s.groups; ++p) {
+  void for_each_plane(int64_t n, int64_t first, int64_t last, const visit_t& visit) const {
+    const int64_t channel = input.stride(1), pixel = channel == 1 ? s.groups * s.channels : 1;
+    for (int64_t g = 0; g < s.groups; ++g) {
       visit(
-          p / s.groups * dense.stride(0) + p % s.groups * dense.stride(1), p * s.pixels() * s.channels,
-          s.groups * dense.stride(1), last ? s.groups * s.channels : 1);
+          n * s.groups * s.channels * s.pixels() + (first * s.groups + g) * channel,
+          g * s.pixels() * (last - first), s.groups * channel, pixel);
     }
   }
 };
+
+// Calls visit(image, first channel, last channel + 1) for each block of channels of each image.
+template <typename visit_t>
+void for_each_block(const PoolSizes& s, int64_t block, const visit_t& visit) {
+  for (int64_t n = 0; n < s.batch; ++n)
+    for (int64_t c = 0; c < s.channels; c += block) visit(n, c, std::min(c + block, s.channels));
+}
 
 // `shape` is what locate_bin takes.
 template <typename scalar_t, typename acc_t, typename shape_t>
@@ -186,35 +219,46 @@ at::Tensor pool_forward(
   const PoolSizes s = shape.sizes();
   const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
   const at::MemoryFormat layout = input.suggest_memory_format();
-  const bool last = layout == at::MemoryFormat::ChannelsLast, direct = last && std::is_same_v<scalar_t, acc_t>;
+  const bool last_format = layout == at::MemoryFormat::ChannelsLast, straight = call.direct && last_format;
   const at::Tensor pooled =
       at::empty({s.boxes, s.channels, s.pooled_h, s.pooled_w}, input.options().memory_format(layout));
   advise_large_pages(pooled);
-  const acc_t* map = call.map.template const_data_ptr<acc_t>();
   const PoolArguments<acc_t> arguments = call.arguments();
   scalar_t* const data = pooled.data_ptr<scalar_t>();
   const int64_t class_channels = s.channels / s.classes;
-  at::parallel_for(0, s.boxes, 1, [&](int64_t begin, int64_t end) {
-    BinStencil<acc_t> stencil;
-    const int64_t stride = direct ? s.channels : spaced(s.channels);
-    std::vector<acc_t> buffer(direct ? 0 : s.bins() * stride);  // the bins of one box as rows of channels
-    for (int64_t k = begin; k < end; ++k) {
-      scalar_t* box_data = data + k * s.bins() * s.channels;
-      acc_t* rows = buffer.data();
-      if constexpr (std::is_same_v<scalar_t, acc_t>) rows = direct ? box_data : rows;
-      for (int64_t bin = 0; bin < s.bins(); ++bin) {
-        for (int64_t c = 0; c < s.channels; c += class_channels) {
-          stencil.locate(
-              locate_bin(shape, arguments, k, bin, c / class_channels), s, call.mask_of(k * s.bins() + bin), c);
-          add_up_pixels(
-              rows + bin * stride + c, map, stencil.places.data(), stencil.weights.data(), stencil.places.size(),
-              class_channels);
+  const int64_t block = call.direct ? s.channels : block_of_channels<acc_t>(s, s.channels);
+  const at::Tensor buffer = at::empty({call.elements_of(block)}, call.options);
+  advise_large_pages(buffer);
+  for_each_block(s, block, [&](int64_t n, int64_t first, int64_t last) {
+    const std::vector<int64_t>& chosen = call.boxes_of[n];
+    if (chosen.empty()) return;
+    const Rows<const acc_t> map = call.rows(call.input, n, first, last, buffer.data_ptr<acc_t>());
+    at::parallel_for(0, chosen.size(), 1, [&](int64_t begin, int64_t end) {
+      BinStencil<acc_t> stencil;
+      const int64_t stride = straight ? s.channels : spaced(last - first);
+      std::vector<acc_t> bins(straight ? 0 : s.bins() * stride);  // of one box, as rows of channels
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t k = chosen[i];
+        scalar_t* box_data = data + k * s.bins() * s.channels + first * (last_format ? 1 : s.bins());
+        acc_t* rows = bins.data();
+        if constexpr (std::is_same_v<scalar_t, acc_t>) rows = straight ? box_data : rows;
+        for (int64_t bin = 0; bin < s.bins(); ++bin) {
+          for (int64_t c = first, c_end; c < last; c = c_end) {
+            c_end = std::min(last, (c / class_channels + 1) * class_channels);
+            stencil.locate(
+                locate_bin(shape, arguments, k, bin, c / class_channels), s, call.mask_of(k * s.bins() + bin),
+                map.stride);
+            add_up_pixels(
+                rows + bin * stride + c - first, map.data + c - first, stencil.places.data(), stencil.weights.data(),
+                stencil.places.size(), c_end - c);
+          }
+        }
+        if (!straight) {
+          from_channels_last(
+              box_data, rows, s.bins(), last - first, last_format ? 1 : s.bins(), last_format ? s.channels : 1, stride);
         }
       }
-      if (!direct) {
-        from_channels_last(box_data, rows, s.bins(), s.channels, last ? 1 : s.bins(), last ? s.channels : 1, stride);
-      }
-    }
+    });
   });
   return pooled;
 }
@@ -229,27 +273,41 @@ PoolGradients pool_backward(
   const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
   wanted[1] = wanted[1] && offset.has_value();
   wanted[2] = wanted[2] && mask.has_value();
+  const bool with_map = wanted[1] || wanted[2];  // the gradient of the input needs none
   const bool last_format = grad.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-  const at::Tensor grads = grad.contiguous(grad.suggest_memory_format());
+  const at::Tensor grads = grad.contiguous(grad.suggest_memory_format()), none = at::empty({0}, input.options());
+  const at::Tensor input_grad =
+      wanted[0] ? at::empty(input.sizes(), input.options().memory_format(input.suggest_memory_format())) : none;
+  advise_large_pages(input_grad);
+  if (call.direct) input_grad.zero_();
   const int64_t class_channels = s.channels / s.classes, threads = at::get_num_threads();
-  const int64_t block = std::max<int64_t>(((s.channels + threads - 1) / threads + 15) / 16 * 16, 16);
+  const int64_t share = std::max<int64_t>(rounded_up((s.channels + threads - 1) / threads, 16), 16);
+  const int64_t block = call.direct ? share : block_of_channels<acc_t>(s, share);
   const int64_t blocks = (s.channels + block - 1) / block;
-  const at::Tensor map_grad = at::empty({wanted[0] ? call.map.numel() : 0}, call.options);
-  advise_large_pages(map_grad);
-  map_grad.zero_();
   // A block of channels adds to sums of its own, which are added up in the order of the blocks.
   const at::Tensor offset_sums = at::zeros({blocks, wanted[1] ? offset->numel() : 0}, call.options);
   const at::Tensor mask_sums = at::zeros({blocks, wanted[2] ? mask->numel() : 0}, call.options);
-  const acc_t* map = call.map.template const_data_ptr<acc_t>();
+  std::vector<at::Tensor> buffers;  // two for each thread
+  for (int64_t i = 0; i < 2 * threads; ++i) {
+    buffers.push_back(at::empty({(i % 2 == 0 ? with_map : wanted[0]) ? call.elements_of(block) : 0}, call.options));
+    advise_large_pages(buffers.back());
+  }
   const PoolArguments<acc_t> arguments = call.arguments();
-  at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+  at::parallel_for(0, s.batch * blocks, 1, [&](int64_t begin, int64_t end) {
     BinStencil<acc_t> stencil;
     std::vector<acc_t> rows(s.bins() * spaced(block)), dots;
-    for (int64_t b = begin; b < end; ++b) {
-      const int64_t first = b * block, last = std::min(first + block, s.channels);
+    acc_t* const map_buffer = buffers[2 * at::get_thread_num()].template data_ptr<acc_t>();
+    acc_t* const grad_buffer = buffers[2 * at::get_thread_num() + 1].template data_ptr<acc_t>();
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t n = item / blocks, b = item % blocks, first = b * block, last = std::min(first + block, s.channels);
+      Rows<const acc_t> map{nullptr, 0};
+      Rows<acc_t> map_grad{nullptr, 0};
+      if (with_map) map = call.rows(call.input, n, first, last, map_buffer);
+      if (wanted[0]) map_grad = call.result_rows(input_grad, n, first, last, grad_buffer);
+      const int64_t stride = with_map ? map.stride : map_grad.stride;
       acc_t* offset_sum = offset_sums.data_ptr<acc_t>() + b * offset_sums.size(1);
       acc_t* mask_sum = mask_sums.data_ptr<acc_t>() + b * mask_sums.size(1);
-      for (int64_t k = 0; k < s.boxes; ++k) {
+      for (const int64_t k : call.boxes_of[n]) {
         to_channels_last(
             rows.data(),
             grads.const_data_ptr<scalar_t>() + k * s.bins() * s.channels + first * (last_format ? 1 : s.bins()),
@@ -259,16 +317,16 @@ PoolGradients pool_backward(
           for (int64_t c = first, c_end; c < last; c = c_end) {
             c_end = std::min(last, (c / class_channels + 1) * class_channels);
             const PoolBin<acc_t> at = locate_bin(shape, arguments, k, bin, c / class_channels);
-            if (!stencil.locate(at, s, mask_value, c)) continue;
+            if (!stencil.locate(at, s, mask_value, stride)) continue;
             const acc_t* g = rows.data() + bin * spaced(block) + c - first;
             const int64_t count = stencil.places.size();
             if (wanted[0]) {
               scatter_to_pixels(
-                  map_grad.data_ptr<acc_t>(), g, stencil.places.data(), stencil.weights.data(), count, c_end - c);
+                  map_grad.data + c - first, g, stencil.places.data(), stencil.weights.data(), count, c_end - c);
             }
-            if (!wanted[1] && !wanted[2]) continue;
+            if (!with_map) continue;
             dots.resize(count);
-            dot_with_pixels(dots.data(), map, g, stencil.places.data(), count, c_end - c);
+            dot_with_pixels(dots.data(), map.data + c - first, g, stencil.places.data(), count, c_end - c);
             acc_t by_y = 0, by_x = 0, by_mask = 0;
             const acc_t* dot = dots.data();
             for (const auto& row : stencil.rows.entries) {
@@ -289,30 +347,13 @@ PoolGradients pool_backward(
           }
         }
       }
+      if (wanted[0]) call.store_rows(input_grad, n, first, last, grad_buffer);
     }
   });
-  const at::Tensor none = at::empty({0}, input.options());
   return {
-      wanted[0] ? call.input_grad(map_grad, input) : none,
+      input_grad,
       wanted[1] ? offset_sums.sum(0).view(offset->sizes()).to(offset->scalar_type()) : none,
       wanted[2] ? mask_sums.sum(0).view(mask->sizes()).to(mask->scalar_type()) : none};
-}
-
-// Calls fn(scalar, accumulator) with a zero of each type.
-template <typename fn_t>
-auto dispatch_pool(const char* op, at::ScalarType type, const fn_t& fn) {
-  switch (type) {
-    case at::kDouble:
-      return fn(double(), double());
-    case at::kFloat:
-      return fn(float(), float());
-    case at::kBFloat16:
-      return fn(at::BFloat16(), float());
-    case at::kHalf:
-      return fn(at::Half(), float());
-    default:
-      TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
-  }
 }
 
 }  // namespace dcnv2

@@ -19,23 +19,6 @@ constexpr int kWarp = 32;
 constexpr unsigned kWholeWarp = 0xffffffff;
 constexpr int kTile = 32;
 
-// Calls fn(scalar, accumulator) with a zero of each type.
-template <typename fn_t>
-auto dispatch(const char* op, at::ScalarType type, const fn_t& fn) {
-  switch (type) {
-    case at::kDouble:
-      return fn(double(), double());
-    case at::kFloat:
-      return fn(float(), float());
-    case at::kBFloat16:
-      return fn(at::BFloat16(), float());
-    case at::kHalf:
-      return fn(at::Half(), float());
-    default:
-      TORCH_CHECK_TYPE(false, op, ": input must be float64, float32, bfloat16 or float16, got ", type);
-  }
-}
-
 // Calls fn(std::integral_constant<int, channels that are read at once>): 16 bytes where `aligned` channels and `data`
 // allow it.
 template <typename scalar_t, typename fn_t>

@@ -169,6 +169,13 @@ def test_awkward_sizes(config, dtype, memory_format, device):
     check(deform_roi_pool, tensors, geometry)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+def test_a_map_of_many_megabytes(memory_format, device):  # of which the CPU takes some channels at a time
+    tensors, geometry = deform_roi_pool_inputs(c=36, n=2, h=352, w=352, k=4, dtype=torch.float64, device=device)
+    tensors["input"] = tensors["input"].contiguous(memory_format=memory_format)
+    check(deform_roi_pool, tensors, geometry)
+
+
 @pytest.mark.parametrize("dtype", HALVES, ids=str)
 def test_half_types_keep_sub_pixel_positions(dtype, device):
     config = {"h": 3, "w": 1500, "c": 4, "spatial_scale": 1.0, "gamma": 0.01}
