@@ -13,8 +13,9 @@ namespace dcnv2 {
 // (y low, x low), (y low, x high), (y high, x low), (y high, x high).
 template <typename scalar_t, typename index_t>
 struct BilinearSample {
-  index_t index[4];  // row-major position of each neighbour; `height * width` stands for a neighbour that counts as zero
-  scalar_t ly, lx;   // distance to the low neighbour, in [0, 1)
+  // Row-major position of each neighbour; `height * width` stands for a neighbour that counts as zero.
+  index_t index[4];
+  scalar_t ly, lx;  // distance to the low neighbour, in [0, 1)
 
   DCNV2_HOST_DEVICE void weights(scalar_t (&w)[4]) const {
     const scalar_t hy = 1 - ly, hx = 1 - lx;
@@ -23,7 +24,8 @@ struct BilinearSample {
     w[2] = ly * hx;
     w[3] = ly * lx;
   }
-  // Derivatives of the interpolated value by y and by x, given the values of the four neighbours (or dot products of them).
+  // Derivatives of the interpolated value by y and by x, given the values of the four neighbours (or dot products of
+  // them).
   DCNV2_HOST_DEVICE scalar_t derivative_y(const scalar_t (&v)[4]) const {
     return (1 - lx) * (v[2] - v[0]) + lx * (v[3] - v[1]);
   }
@@ -39,9 +41,9 @@ DCNV2_HOST_DEVICE index_t floor_to_index(scalar_t value) {
   return truncated - (scalar_t(truncated) > value);
 }
 
-// The rule of deformable convolution: zero at y <= -1, x <= -1, y >= height or x >= width, with zero derivative; in between
-// each neighbour outside the map counts as zero. NaN and infinite coordinates are outside: the test comes before any
-// conversion to an integer.
+// The rule of deformable convolution: zero at y <= -1, x <= -1, y >= height or x >= width, with zero derivative; in
+// between each neighbour outside the map counts as zero. NaN and infinite coordinates are outside: the test comes
+// before any conversion to an integer.
 template <typename scalar_t, typename index_t>
 DCNV2_HOST_DEVICE BilinearSample<scalar_t, index_t> sample_zero_padded(
     scalar_t y, scalar_t x, index_t height, index_t width) {
@@ -53,9 +55,7 @@ DCNV2_HOST_DEVICE BilinearSample<scalar_t, index_t> sample_zero_padded(
   const bool top = y_low >= 0, left = x_low >= 0, bottom = y_low + 1 < height, right = x_low + 1 < width;
   const index_t first = y_low * width + x_low;
   return {
-      {top && left ? first : outside,
-       top && right ? first + 1 : outside,
-       bottom && left ? first + width : outside,
+      {top && left ? first : outside, top && right ? first + 1 : outside, bottom && left ? first + width : outside,
        bottom && right ? first + width + 1 : outside},
       y - scalar_t(y_low),
       x - scalar_t(x_low)};
@@ -69,7 +69,8 @@ struct AxisSample {
   scalar_t distance;  // to the low neighbour, in [0, 1)
 };
 
-// False, for nothing to add, more than `reach` pixels before the first or after the last pixel; so for NaN and infinity.
+// False, for nothing to add, more than `reach` pixels before the first or after the last pixel; so for NaN
+// and infinity.
 template <typename scalar_t, typename index_t>
 DCNV2_HOST_DEVICE bool clamp_to_axis(
     scalar_t position, index_t size, scalar_t reach, AxisSample<scalar_t, index_t>& axis) {

@@ -1,5 +1,5 @@
-// Checks that every operator makes of its tensors, and the choice by their type. They raise TypeError or ValueError that
-// names the argument.
+// Checks that every operator makes of its tensors, and the choice by their type. They raise TypeError or ValueError
+// that names the argument.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,5 +1,5 @@
-// Every operator's schema, once. Shapes: N images, C channels, H x W map, O output channels, kh x kw kernel, G offset groups,
-// Ho x Wo output, K boxes, Ph x Pw bins.
+// Every operator's schema, once. Shapes: N images, C channels, H x W map, O output channels, kh x kw kernel, G offset
+// groups, Ho x Wo output, K boxes, Ph x Pw bins.
 #include <torch/library.h>
 #include <torch/version.h>
 
@@ -35,7 +35,8 @@ TORCH_LIBRARY(dcnv2_d2, m) {
   m.set_python_module("dcnv2_d2.ops._registrations");
   m.def("build_info() -> str", &build_info);
 
-  // input [N, C, H, W], offset [N, 2*G*kh*kw, Ho, Wo], weight [O, C/groups, kh, kw], bias [O], mask [N, G*kh*kw, Ho, Wo]
+  // input [N, C, H, W], offset [N, 2*G*kh*kw, Ho, Wo], weight [O, C/groups, kh, kw], bias [O], mask [N, G*kh*kw, Ho,
+  // Wo]
   // -> [N, O, Ho, Wo]
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "

@@ -1,9 +1,9 @@
 // Deformable convolution on the CPU, forward and backward.
 //
-// Channels are taken in slabs and output pixels in tiles. A slab of one image is laid out channels last; a tile of it is
-// sampled into columns that stay in the cache, which one matrix product of torch's own multiplies with the slab's weights.
-// So memory beyond the results is bounded, whatever the size of the image or the batch. In the backward pass each thread
-// owns a block of channels of the input gradient, so nothing is atomic and every run gives the same bits.
+// Channels are taken in slabs and output pixels in tiles. A slab of one image is laid out channels last; a tile of it
+// is sampled into columns that stay in the cache, which one matrix product of torch's own multiplies with the slab's
+// weights. So memory beyond the results is bounded, whatever the size of the image or the batch. In the backward pass
+// each thread owns a block of channels of the input gradient, so nothing is atomic and every run gives the same bits.
 #include <ATen/ATen.h>
 #include <ATen/autocast_mode.h>
 #include <torch/library.h>
@@ -24,9 +24,10 @@ namespace {
 template <typename acc_t>
 using Sample = ModulatedSample<acc_t>;
 
-// A run of a slab's channels that share their convolution group, their offset group and, in the backward pass, a thread.
+// A run of a slab's channels that share their convolution group, their offset group and, in the backward pass, a
+// thread.
 struct ChannelBlock {
-  int64_t begin, size;    // in the slab
+  int64_t begin, size;  // in the slab
   int64_t offset_group;
   int64_t column_offset;  // in units of (pixels * taps): where the columns of its convolution group begin
   int64_t column_stride;  // channels that the slab holds of its convolution group
@@ -35,9 +36,9 @@ struct ChannelBlock {
 
 // The channels of one convolution group that a slab holds: one matrix product.
 struct GroupPart {
-  int64_t begin, size;     // in the slab
-  int64_t weight_begin;    // first input channel in the weight
-  int64_t output_begin;    // first output channel
+  int64_t begin, size;   // in the slab
+  int64_t weight_begin;  // first input channel in the weight
+  int64_t output_begin;  // first output channel
 };
 
 struct Slab {
@@ -69,11 +70,12 @@ std::vector<Slab> make_slabs(const DeformConvShape& s, int64_t slab_channels, in
   return slabs;
 }
 
-// Fills samples [pixels, taps, offset groups] for the pixels begin .. end of the tile of one image that starts at `first`.
+// Fills samples [pixels, taps, offset groups] for the pixels begin .. end of the tile of one image that starts at
+// `first`.
 template <typename acc_t>
 void locate_samples(
-    Sample<acc_t>* samples, const DeformConvShape& s, const acc_t* offset, const acc_t* mask, int64_t first, int64_t begin,
-    int64_t end) {
+    Sample<acc_t>* samples, const DeformConvShape& s, const acc_t* offset, const acc_t* mask, int64_t first,
+    int64_t begin, int64_t end) {
   const int64_t taps = s.taps();
   for (int64_t p = begin; p < end; ++p) {
     const int64_t pixel = first + p, ho = pixel / s.out_width, wo = pixel % s.out_width;
@@ -87,8 +89,8 @@ void locate_samples(
   }
 }
 
-// columns, per convolution group [pixels, taps, channels] = mask * interpolated value, for the pixels begin .. end of a tile.
-// `map` [H * W + 1, slab channels], its last row zeros.
+// columns, per convolution group [pixels, taps, channels] = mask * interpolated value, for the pixels begin .. end of a
+// tile. `map` [H * W + 1, slab channels], its last row zeros.
 template <typename acc_t, typename column_t>
 DCNV2_MULTIVERSION void sample_columns(
     column_t* columns, const acc_t* map, const Sample<acc_t>* samples, const Slab& slab, int64_t taps,
@@ -103,8 +105,7 @@ DCNV2_MULTIVERSION void sample_columns(
       const acc_t* v1 = map + int64_t(sample.index[1]) * slab.size + block.begin;
       const acc_t* v2 = map + int64_t(sample.index[2]) * slab.size + block.begin;
       const acc_t* v3 = map + int64_t(sample.index[3]) * slab.size + block.begin;
-      column_t* column =
-          columns + block.column_offset * pixels * taps + row * block.column_stride + block.column_begin;
+      column_t* column = columns + block.column_offset * pixels * taps + row * block.column_stride + block.column_begin;
       DCNV2_SIMD
       for (int64_t c = 0; c < block.size; ++c) {
         column[c] = static_cast<column_t>(w0 * v0[c] + w1 * v1[c] + w2 * v2[c] + w3 * v3[c]);
@@ -113,9 +114,10 @@ DCNV2_MULTIVERSION void sample_columns(
   }
 }
 
-// One channel block's share of the backward pass over a tile. On entry `columns` holds the gradient of the columns, on exit the
-// columns themselves; the gradient of the map is added to; dots [pixels * taps, 4] become the dot products, over the block's
-// channels, of the column gradient with each neighbour. `map_grad` has the layout of `map`; its last row takes what falls outside.
+// One channel block's share of the backward pass over a tile. On entry `columns` holds the gradient of the columns, on
+// exit the columns themselves; the gradient of the map is added to; dots [pixels * taps, 4] become the dot products,
+// over the block's channels, of the column gradient with each neighbour. `map_grad` has the layout of `map`; its last
+// row takes what falls outside.
 template <typename acc_t, typename column_t>
 DCNV2_MULTIVERSION void backward_block(
     column_t* columns, acc_t* map_grad, acc_t* dots, const acc_t* map, const Sample<acc_t>* samples, const Slab& slab,
@@ -125,8 +127,10 @@ DCNV2_MULTIVERSION void backward_block(
     acc_t w[4];
     sample.column_weights(w);
     const acc_t w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    const int64_t i0 = int64_t(sample.index[0]) * slab.size + block.begin, i1 = int64_t(sample.index[1]) * slab.size + block.begin;
-    const int64_t i2 = int64_t(sample.index[2]) * slab.size + block.begin, i3 = int64_t(sample.index[3]) * slab.size + block.begin;
+    const int64_t i0 = int64_t(sample.index[0]) * slab.size + block.begin,
+                  i1 = int64_t(sample.index[1]) * slab.size + block.begin;
+    const int64_t i2 = int64_t(sample.index[2]) * slab.size + block.begin,
+                  i3 = int64_t(sample.index[3]) * slab.size + block.begin;
     const acc_t *v0 = map + i0, *v1 = map + i1, *v2 = map + i2, *v3 = map + i3;
     acc_t *d0 = map_grad + i0, *d1 = map_grad + i1, *d2 = map_grad + i2, *d3 = map_grad + i3;
     column_t* column = columns + block.column_offset * pixels * taps + row * block.column_stride + block.column_begin;
@@ -188,8 +192,9 @@ struct Call {
   at::TensorOptions acc_options, column_options;
   int64_t slab_channels, tile;
 
-  Call(const DeformConvShape& shape, const at::Tensor& input_, const at::Tensor& offset_, const std::optional<at::Tensor>& mask_,
-       int64_t least_channels)
+  Call(
+      const DeformConvShape& shape, const at::Tensor& input_, const at::Tensor& offset_,
+      const std::optional<at::Tensor>& mask_, int64_t least_channels)
       : s(shape), input(input_.contiguous(input_.suggest_memory_format())) {
     acc_options = at::TensorOptions().dtype(c10::CppTypeToScalarType<acc_t>::value);
     column_options = acc_options.dtype(column_type);
@@ -198,8 +203,9 @@ struct Call {
     plan(least_channels);
   }
 
-  // Chooses how many channels make a slab and how many pixels a tile, so that beside the results a call needs about a tenth
-  // of the memory that the columns of one whole image would take: two thirds of it for the slab's map and weights.
+  // Chooses how many channels make a slab and how many pixels a tile, so that beside the results a call needs about a
+  // tenth of the memory that the columns of one whole image would take: two thirds of it for the slab's map and
+  // weights.
   void plan(int64_t least_channels) {
     const int64_t budget = s.taps() * s.in_channels * s.out_pixels() * sizeof(column_t) / 12;
     const int64_t per_channel = (s.in_pixels() + s.taps() * s.out_channels / s.groups) * sizeof(acc_t);
@@ -214,7 +220,9 @@ struct Call {
   }
 
   const acc_t* offset_of(int64_t n) const { return offset.const_data_ptr<acc_t>() + n * offset.stride(0); }
-  const acc_t* mask_of(int64_t n) const { return mask.defined() ? mask.const_data_ptr<acc_t>() + n * mask.stride(0) : nullptr; }
+  const acc_t* mask_of(int64_t n) const {
+    return mask.defined() ? mask.const_data_ptr<acc_t>() + n * mask.stride(0) : nullptr;
+  }
 
   // map [H * W + 1, slab channels], the last row zeros
   void load_map(at::Tensor& map, int64_t n, const Slab& slab) const {
@@ -363,8 +371,7 @@ Gradients backward(
   const at::Tensor none = at::empty({0}, input.options());
   return {
       wanted[0] ? input_grad : none, wanted[1] ? offset_grad.to(offset.scalar_type()) : none,
-      wanted[2] ? weight_grad : none,
-      wanted[3] && mask.has_value() ? mask_grad.to(mask->scalar_type()) : none};
+      wanted[2] ? weight_grad : none, wanted[3] && mask.has_value() ? mask_grad.to(mask->scalar_type()) : none};
 }
 
 bool multiplies_bfloat16_fast() {
@@ -375,16 +382,20 @@ bool multiplies_bfloat16_fast() {
 #endif
 }
 
-// Calls fn(scalar, accumulator, column) with a zero of each type. Half columns only where the processor multiplies them fast.
+// Calls fn(scalar, accumulator, column) with a zero of each type. Half columns only where the processor multiplies them
+// fast.
 template <typename fn_t>
 auto dispatch(at::ScalarType type, const fn_t& fn) {
   switch (type) {
-    case at::kDouble: return fn(double(), double(), double());
-    case at::kFloat: return fn(float(), float(), float());
+    case at::kDouble:
+      return fn(double(), double(), double());
+    case at::kFloat:
+      return fn(float(), float(), float());
     case at::kBFloat16:
       if (multiplies_bfloat16_fast()) return fn(at::BFloat16(), float(), at::BFloat16());
       return fn(at::BFloat16(), float(), float());
-    case at::kHalf: return fn(at::Half(), float(), float());
+    case at::kHalf:
+      return fn(at::Half(), float(), float());
     default:
       TORCH_CHECK_TYPE(false, "deform_conv2d: input must be float64, float32, bfloat16 or float16, got ", type);
   }

@@ -3,8 +3,8 @@
 // The samples of a bin form a grid, so their weights are products of one of the row and one of the column: a bin is a
 // sum over the pixels that its samples touch, each once, however many samples touch it. The map is laid out channels
 // last, so that a pixel is a contiguous vector: where the input is not, a block of channels of one image at a time, in
-// memory that is used again and stays in the cache. Forward, threads share out the boxes; backward, each owns a block of
-// channels of the input gradient, so nothing is atomic and every run gives the same bits.
+// memory that is used again and stays in the cache. Forward, threads share out the boxes; backward, each owns a block
+// of channels of the input gradient, so nothing is atomic and every run gives the same bits.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -132,10 +132,10 @@ int64_t block_of_channels(const PoolSizes& s, int64_t channels) {
 template <typename scalar_t, typename acc_t>
 struct PoolCall {
   const PoolSizes& s;
-  at::Tensor input;                // dense
-  at::Tensor boxes, offset, mask;  // contiguous, acc_t; offset and mask may be undefined
+  at::Tensor input;                            // dense
+  at::Tensor boxes, offset, mask;              // contiguous, acc_t; offset and mask may be undefined
   std::vector<std::vector<int64_t>> boxes_of;  // by image
-  bool direct;                     // whether the input is rows of acc_t already
+  bool direct;                                 // whether the input is rows of acc_t already
   at::TensorOptions options = at::TensorOptions().dtype(c10::CppTypeToScalarType<acc_t>::value);
 
   PoolCall(
@@ -162,15 +162,16 @@ struct PoolCall {
 
   int64_t elements_of(int64_t channels) const { return direct ? 0 : s.groups * s.pixels() * channels; }
 
-  // The channels first .. last - 1 of image n of `tensor`, which is laid out as the input; copied into `buffer`, if they
-  // are no rows.
+  // The channels first .. last - 1 of image n of `tensor`, which is laid out as the input; copied into `buffer`, if
+  // they are no rows.
   Rows<const acc_t> rows(const at::Tensor& tensor, int64_t n, int64_t first, int64_t last, acc_t* buffer) const {
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
       if (direct) return {tensor.const_data_ptr<acc_t>() + n * s.pixels() * s.channels + first, s.channels};
     }
     for_each_plane(n, first, last, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
       to_channels_last(
-          buffer + place, tensor.const_data_ptr<scalar_t>() + at, s.pixels(), last - first, channel_stride, pixel_stride);
+          buffer + place, tensor.const_data_ptr<scalar_t>() + at, s.pixels(), last - first, channel_stride,
+          pixel_stride);
     });
     return {buffer, last - first};
   }
@@ -198,8 +199,8 @@ struct PoolCall {
     const int64_t channel = input.stride(1), pixel = channel == 1 ? s.groups * s.channels : 1;
     for (int64_t g = 0; g < s.groups; ++g) {
       visit(
-          n * s.groups * s.channels * s.pixels() + (first * s.groups + g) * channel,
-          g * s.pixels() * (last - first), s.groups * channel, pixel);
+          n * s.groups * s.channels * s.pixels() + (first * s.groups + g) * channel, g * s.pixels() * (last - first),
+          s.groups * channel, pixel);
     }
   }
 };
@@ -351,8 +352,7 @@ PoolGradients pool_backward(
     }
   });
   return {
-      input_grad,
-      wanted[1] ? offset_sums.sum(0).view(offset->sizes()).to(offset->scalar_type()) : none,
+      input_grad, wanted[1] ? offset_sums.sum(0).view(offset->sizes()).to(offset->scalar_type()) : none,
       wanted[2] ? mask_sums.sum(0).view(mask->sizes()).to(mask->scalar_type()) : none};
 }
 
