@@ -28,15 +28,15 @@ def tool():
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Folders as training leaves them, and a picture of 80 x 64."""
+    """Folders as training leaves them, and a picture of 40 x 32."""
     folder = tmp_path_factory.mktemp("runs")
     for name, args in MODELS.items():
         torch.manual_seed(0)
-        opts = ("DATASETS.TEST", "('bent_shapes_tiny_val',)", "INPUT.MIN_SIZE_TEST", "128")
+        opts = ("DATASETS.TEST", "('bent_shapes_tiny_val',)", "INPUT.MIN_SIZE_TEST", "64")
         (folder / name).mkdir()
         (folder / name / "config.yaml").write_text(config(*args, *opts).dump())
         DetectionCheckpointer(real(*args), str(folder / name)).save("model_final")
-    pixels = np.random.default_rng(0).integers(0, 255, (64, 80, 3)).astype(np.uint8)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 40, 3)).astype(np.uint8)
     Image.fromarray(pixels).save(folder / "picture.png")
     return folder
 
@@ -50,29 +50,29 @@ FAST = ("--cell", "32", "--levels", "1", "--bound", "0.5")
 
 
 def test_side_by_side(tool, runs, monkeypatch, tmp_path):
-    both = [f"{name}={runs / name}" for name in MODELS]  # they resize to 128
-    nodes = ("--at", "31,11", "--box", "8,12,60,40")
+    both = [f"{name}={runs / name}" for name in MODELS]
+    nodes = ("--at", "15,5", "--box", "4,6,30,20")
     call(tool, monkeypatch, "--runs", *both, "--input", runs / "picture.png", *nodes, *FAST, "--output", tmp_path)
     with Image.open(tmp_path / "picture_nodes.png") as figure:
         pixels = np.asarray(figure.convert("RGB"))
     assert pixels.shape[1] > 600 and pixels.std() > 10
     assert {f.name for f in tmp_path.glob("*.npz")} == {
-        f"picture_nodes_{name}_{node}.npz" for name in MODELS for node in ("conv5_at_31_11", "RoI_8_12_60_40")
+        f"picture_nodes_{name}_{node}.npz" for name in MODELS for node in ("conv5_at_15_5", "RoI_4_6_30_20")
     }
     # The network sees the picture twice as large.
-    found = np.load(tmp_path / "picture_nodes_DCNv2_conv5_at_31_11.npz")
-    assert found["image"].shape == (128, 160, 3) and found["node"].tolist() == [62.5, 22.5]
-    assert found["saliency"].shape == found["receptive_field"].shape == (128, 160)
+    found = np.load(tmp_path / "picture_nodes_DCNv2_conv5_at_15_5.npz")
+    assert found["image"].shape == (64, 80, 3) and found["node"].tolist() == [30.5, 10.5]
+    assert found["saliency"].shape == found["receptive_field"].shape == (64, 80)
     assert found["saliency_error"] < found["saliency_bound"] == 0.5 and found["saliency_cell"] == 32
     model = real(*MODELS["DCNv2"])
     DetectionCheckpointer(model).load(str(runs / "DCNv2" / "model_final.pth"))
     image = torch.from_numpy(found["image"].transpose(2, 0, 1).astype("float32"))
-    field = effective_receptive_field(lambda i: BackboneNode(62.5, 22.5).respond(model, i), image)
+    field = effective_receptive_field(lambda i: BackboneNode(30.5, 10.5).respond(model, i), image)
     torch.testing.assert_close(torch.from_numpy(found["receptive_field"]), field)
     name = "backbone.bottom_up.res5.1.conv2"
     assert found[f"{name}/position"].shape == found[f"{name}/gradient"].shape == (len(found[f"{name}/modulation"]), 2)
-    roi = np.load(tmp_path / "picture_nodes_regular_RoI_8_12_60_40.npz")
-    assert roi["node"].tolist() == [16, 24, 120, 80]
+    roi = np.load(tmp_path / "picture_nodes_regular_RoI_4_6_30_20.npz")
+    assert roi["node"].tolist() == [8, 12, 60, 40]
     assert roi["roi_heads.box_pooler.level_poolers.0/position"].shape == (25, 2)
 
 
@@ -81,7 +81,7 @@ def test_one_model_and_its_own_detections(tool, runs, monkeypatch, tmp_path):
         *(tool, monkeypatch, "--config-file", runs / "DCNv2" / "config.yaml", "--score", "0", *FAST),
         *("--output", tmp_path, "--input", runs / "picture.png", "--layers", "res5"),
         *("MODEL.WEIGHTS", runs / "DCNv2" / "model_final.pth"),
-        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RPN.POST_NMS_TOPK_TEST", "5", "INPUT.MIN_SIZE_TEST", "64"),
+        *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RPN.POST_NMS_TOPK_TEST", "5"),
     )
     assert (tmp_path / "picture_backbone.png").is_file() and (tmp_path / "picture_roi.png").is_file()
     found = {
@@ -107,8 +107,8 @@ def test_dilation(tool, runs, monkeypatch, tmp_path, capsys):
 @pytest.mark.parametrize(
     "args, expected",
     [
-        (("--runs", "a={runs}/regular", "--box", "90,5,99,20"), "box x1, y1, x2, y2 must overlap the image"),
-        (("--runs", "a={runs}/regular", "--at", "5,64"), "x, y must be in the image"),
+        (("--runs", "a={runs}/regular", "--box", "45,5,49,20"), "box x1, y1, x2, y2 must overlap the image"),
+        (("--runs", "a={runs}/regular", "--at", "5,32"), "x, y must be in the image"),
         (("--runs", "a={runs}/regular", "--score", "1.1"), "the model must detect something"),
         (("--config-file", "{runs}/regular/config.yaml"), "MODEL.WEIGHTS must be given"),
     ],
