@@ -131,6 +131,14 @@ def assert_all_near(actual, expected, tolerance):
         assert_near(actual[name], expected[name], tolerance, name)
 
 
+def assert_same(actual, expected, dtype):
+    """Equal to the bit, but for the gradient of the input on a GPU, where atomics sum it in any order."""
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        summed = name == "input" and expected[name].is_cuda
+        assert_near(actual[name], expected[name], TOLERANCE[dtype] if summed else 0, name)
+
+
 def opcheck(op, arguments, tolerance):
     """torch.library.opcheck; before torch 2.7 it takes no tolerances."""
     accepted = inspect.signature(torch.library.opcheck).parameters

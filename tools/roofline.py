@@ -29,6 +29,7 @@ def milliseconds(call, device):
         call()
         return 1e3 * (time.perf_counter() - start)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(2_000_000)  # about 1 ms, in which the call is queued: the GPU does not wait for Python
     start.record()
     call()
     end.record()
@@ -86,7 +87,12 @@ OPERATORS = {
     "deform_conv2d": (
         ROWS,
         make_inputs,
-        {"ours": ours, "ours, channels_last": last(partial(ours)), **peers_of_deform_conv2d()},
+        {
+            "ours": ours,
+            "ours, channels_last": last(partial(ours)),
+            **peers_of_deform_conv2d(),
+            "F.conv2d, channels_last": last(partial(plain)),
+        },
     ),
     "deform_roi_pool": (
         POOL_ROWS,
@@ -208,12 +214,15 @@ def main():
     print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}: ", end="")
     print(f"copy {rates['copy'] / 1e9:.0f} GB/s, {products}")
     cases = itertools.product(args.only, args.dtypes, (False, True), args.batches)
-    tables = [table(operator, dtype, backward, batch, rates, args) for operator, dtype, backward, batch in cases]
+    tables = []
+    for operator, dtype, backward, batch in cases:
+        tables.append(table(operator, dtype, backward, batch, rates, args))
+        if args.output:  # after each table: a run that is cut off has told something
+            args.output.mkdir(parents=True, exist_ok=True)
+            (args.output / "roofline.json").write_text(
+                json.dumps({"device": name, "rates": rates, "tables": tables}, indent=1)
+            )
     if args.output:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "roofline.json").write_text(
-            json.dumps({"device": name, "rates": rates, "tables": tables}, indent=1)
-        )
         draw(tables, args.output / "roofline.png")
 
 

@@ -7,9 +7,11 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAStream.h>
 #include <c10/util/BFloat16.h>
+#include <c10/util/Exception.h>
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 
 namespace dcnv2 {
@@ -32,7 +34,9 @@ void dispatch_vector(int64_t aligned, const void* data, const fn_t& fn) {
 }
 
 inline unsigned blocks_for(int64_t work, int64_t per_block) {
-  return static_cast<unsigned>((work + per_block - 1) / per_block);
+  const int64_t blocks = (work + per_block - 1) / per_block;
+  TORCH_CHECK(blocks <= std::numeric_limits<int32_t>::max(), "too much work for one launch: ", blocks, " blocks");
+  return static_cast<unsigned>(blocks);
 }
 
 template <typename scalar_t, int vec>
@@ -55,7 +59,7 @@ __device__ __forceinline__ void store(scalar_t* to, const acc_t (&values)[vec]) 
   *reinterpret_cast<Vector<scalar_t, vec>*>(to) = vector;
 }
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && CUDART_VERSION >= 12010
 constexpr bool kAddsFourAtOnce = true;
 __device__ __forceinline__ void atomic_add_four(float* to, float a, float b, float c, float d) {
   atomicAdd(reinterpret_cast<float4*>(to), make_float4(a, b, c, d));
@@ -118,7 +122,7 @@ void transpose(const at::Tensor& out, const at::Tensor& in, int64_t batch, int64
   const int64_t blocks = batch * ((rows + kTile - 1) / kTile) * ((columns + kTile - 1) / kTile);
   if (blocks == 0) return;
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  transpose_kernel<out_t, in_t><<<static_cast<unsigned>(blocks), dim3(kTile, kThreads / kTile), 0, stream>>>(
+  transpose_kernel<out_t, in_t><<<blocks_for(blocks, 1), dim3(kTile, kThreads / kTile), 0, stream>>>(
       out.data_ptr<out_t>(), in.const_data_ptr<in_t>(), rows, columns);
   C10_CUDA_KERNEL_LAUNCH_CHECK();
 }

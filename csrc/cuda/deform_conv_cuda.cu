@@ -211,7 +211,7 @@ struct Call {
     dispatch_vector<scalar_t>(aligned, map.const_data_ptr(), [&](auto vec) {
       unsigned lanes = 1;
       while (lanes < kWarp && lanes * vec() < size) lanes *= 2;
-      fn(vec, static_cast<unsigned>(blocks_per_group(s, pixels) * s.offset_groups), dim3(lanes, kThreads / lanes));
+      fn(vec, blocks_for(blocks_per_group(s, pixels) * s.offset_groups, 1), dim3(lanes, kThreads / lanes));
     });
   }
 };

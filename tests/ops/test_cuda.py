@@ -67,6 +67,12 @@ def emulated(tmp_path_factory):
     return torch.ops.dcnv2_d2_emulated
 
 
+def on_gpu(tensor):
+    """With its strides and the offset into its storage, which .cuda() drops."""
+    storage = torch.empty(tensor.untyped_storage().nbytes() // tensor.itemsize, dtype=tensor.dtype, device="cuda")
+    return storage.as_strided(tensor.size(), tensor.stride(), tensor.storage_offset()).copy_(tensor)
+
+
 @pytest.fixture
 def run(device, request):
     """run(name, arguments): an operator on the GPU, or on the emulated one; tensors come and go on the CPU."""
@@ -75,7 +81,7 @@ def run(device, request):
         return lambda name, arguments: getattr(emulated, name)(*arguments)
 
     def run_on_gpu(name, arguments):
-        moved = [a.cuda() if torch.is_tensor(a) else a for a in arguments]
+        moved = [on_gpu(a) if torch.is_tensor(a) else a for a in arguments]
         result = getattr(torch.ops.dcnv2_d2, name)(*moved)
         return result.cpu() if torch.is_tensor(result) else tuple(r.cpu() for r in result)
 

@@ -7,8 +7,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuB
 import pytest
 import torch
 from dcnv2_d2.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool
-from reference import assert_near, deform_conv2d_inputs
+from reference import TOLERANCE, assert_all_near, assert_near, deform_conv2d_inputs
 from reference import deform_conv2d as definition
+from reference import run as run_both
 from reference_pool import deform_roi_pool_inputs
 from torch.nn import functional as F
 
@@ -37,6 +38,20 @@ def call(name, device):
     leaves = {k: t.requires_grad_() for k, t in tensors.items()}
     operator = deform_roi_pool if name == "deform_roi_pool" else deform_ps_roi_pool
     return lambda: operator(**leaves, **geometry), leaves
+
+
+# Large tensors.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_deform_conv2d_of_several_tiles(dtype):
+    """The columns take 8 (float32) or 4 workspaces, the last one in part: every gradient is that of the CPU."""
+    tensors, geometry = deform_conv2d_inputs(c=64, o=8, h=330, w=331, dtype=dtype, offset_dtype=torch.float32)
+    grad = torch.randn(2, 8, 330, 331).to(dtype)
+    expected = run_both(deform_conv2d, tensors, geometry, grad)
+    actual = run_both(deform_conv2d, {k: t.cuda() for k, t in tensors.items()}, geometry, grad.cuda())
+    # The gradient of the weight is a sum over 218,460 positions.
+    assert_all_near({k: t.cpu() for k, t in actual.items()}, expected, 10 * TOLERANCE[dtype])
 
 
 # More than 2**31 elements.
@@ -110,9 +125,9 @@ def test_errors_of_a_second_device():
 def test_runs_on_the_current_stream(name):
     run, leaves = call(name, "cuda")
     expected = run().detach()
+    original = leaves["input"].detach().clone()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    original = leaves["input"].detach().clone()
     with torch.cuda.stream(stream), torch.no_grad():
         leaves["input"].zero_()
         torch.cuda._sleep(200_000_000)  # a kernel on another stream would not wait for what follows
