@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Runs a detector on images, folders of images and videos; writes pictures, videos and a COCO-format file.
 
-python demo.py --config-file CONFIG --input photo.jpg folder film.mp4 --output output/demo MODEL.WEIGHTS model_final.pth
+python demo.py --config-file CONFIG --input photo.jpg folder film.mp4 --opts MODEL.WEIGHTS model_final.pth
 """
 
 import argparse
@@ -115,8 +115,8 @@ def main():
     parser.add_argument("--input", nargs="+", required=True, help="images, folders of images or videos, videos")
     parser.add_argument("--output", type=Path, default=Path("output/demo"), help="folder of the results")
     parser.add_argument("--confidence-threshold", type=float, default=0.5, help="least score of a detection")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes")
+    args = parser.parse_args()
 
     cfg = dcnv2_d2.load_config(args.config_file, args.opts)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold

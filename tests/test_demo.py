@@ -51,8 +51,8 @@ def run(monkeypatch, *args):
 
 
 def test_folder(weights, pictures, tmp_path, monkeypatch, capsys):
-    options = ["--input", pictures, pictures / "a.png", "--output", tmp_path, "--confidence-threshold", THRESHOLD]
-    run(monkeypatch, *options, "MODEL.WEIGHTS", weights, *FEW)
+    options = ["--output", tmp_path, "--confidence-threshold", THRESHOLD, "--input", pictures, pictures / "a.png"]
+    run(monkeypatch, *options, "--opts", "MODEL.WEIGHTS", weights, *FEW)
     output = capsys.readouterr()
     assert "broken.jpg is left out" in output.out and "8/8" in output.err  # 6 files, 2 more frames
     results = json.loads((tmp_path / "detections.json").read_text())

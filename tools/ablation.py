@@ -4,7 +4,7 @@
 python tools/ablation.py --output output/ablation --seeds 3 --markdown output/ablation/table.md
 
 Every row is a change of one config. What is finished is not trained again, so that a run that was stopped goes on.
-Further KEY VALUE pairs hold for all rows.
+--opts KEY VALUE ... changes the config of all rows.
 """
 
 import argparse
@@ -74,7 +74,7 @@ def main():
     parser.add_argument("--num-gpus", type=int, default=1)
     parser.add_argument("--output", type=Path, default=ROOT / "output" / "ablation")
     parser.add_argument("--markdown", type=Path, help="where to write the table; it is also printed")
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config changes for all rows")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes for all rows")
     args = parser.parse_args()
     results = {}
     for seed in range(1, args.seeds + 1):  # seed by seed, so that a stopped run has whole tables

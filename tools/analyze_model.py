@@ -150,7 +150,7 @@ def main():
     parser.add_argument("--size", nargs=2, type=int, metavar=("HEIGHT", "WIDTH"), help="of the image")
     parser.add_argument("--modules", type=int, metavar="DEPTH", help="also a table by module of each config")
     parser.add_argument("--interpolation", action="store_true", help="count interpolation too")
-    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes for all")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes for all configs")
     args = parser.parse_args()
     rows = []
     for path in args.configs:

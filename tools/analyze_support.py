@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Shows what nodes of detectors see: sampling locations, effective receptive field, saliency region; one PNG, raw npz.
 
-python tools/analyze_support.py --config-file CONFIG --input a.jpg --at 60,45 MODEL.WEIGHTS model_final.pth
+python tools/analyze_support.py --config-file CONFIG --input a.jpg --at 60,45 --opts MODEL.WEIGHTS model_final.pth
 python tools/analyze_support.py --runs regular=output/regular DCNv2=output/quick_start
 python tools/analyze_support.py --runs DCNv2=output/quick_start --dilation
 
@@ -88,7 +88,7 @@ def parse_args():
     )
     parser.add_argument("--rows", nargs="+", choices=INSTRUMENTS, default=INSTRUMENTS, help="of the figure")
     parser.add_argument("--output", type=Path, default=Path("output/analysis"))
-    parser.add_argument("opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config changes, for all models")
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes for all models")
     return parser.parse_args()
 
 

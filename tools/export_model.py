@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Exports a Faster or Mask R-CNN for images of any size, and compares it with the model on an image.
 
-python tools/export_model.py --config-file CONFIG --output model.onnx --image photo.jpg MODEL.WEIGHTS model_final.pth
+python tools/export_model.py --config-file CONFIG --output model.onnx --image a.jpg --opts MODEL.WEIGHTS model.pth
 """
 
 import argparse
@@ -40,10 +40,12 @@ def main():
         "--opset", type=int, default=MIN_OPSET, help="of ONNX; ONNX Runtime's CPU knows all of 19 to 21"
     )
     parser.add_argument("--image", help="a picture on which the file is compared with the model")
-    parser.add_argument("opts", nargs="*", help="KEY VALUE pairs that change the config")
-    args = parser.parse_intermixed_args()
+    parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes")
+    args = parser.parse_args()
     if args.output.suffix not in (".onnx", ".pt2"):
         parser.error(f"--output must end in .onnx or .pt2, got {args.output}")
+    if args.opset < MIN_OPSET:
+        parser.error(f"--opset must be {MIN_OPSET} or later, the first with DeformConv, got {args.opset}")
 
     cfg = dcnv2_d2.load_config(args.config_file, args.opts)
     cfg.MODEL.DEVICE = "cpu"

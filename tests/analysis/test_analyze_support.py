@@ -79,8 +79,8 @@ def test_side_by_side(tool, runs, monkeypatch, tmp_path):
 def test_one_model_and_its_own_detections(tool, runs, monkeypatch, tmp_path):
     call(
         *(tool, monkeypatch, "--config-file", runs / "DCNv2" / "config.yaml", "--score", "0", *FAST),
-        *("--output", tmp_path, "--input", runs / "picture.png", "--layers", "res5"),
-        *("MODEL.WEIGHTS", runs / "DCNv2" / "model_final.pth"),
+        *("--output", tmp_path, "--layers", "res5", "--input", runs / "picture.png"),
+        *("--opts", "MODEL.WEIGHTS", runs / "DCNv2" / "model_final.pth"),
         *("MODEL.ROI_HEADS.SCORE_THRESH_TEST", "0.0", "MODEL.RPN.POST_NMS_TOPK_TEST", "5"),
     )
     assert (tmp_path / "picture_backbone.png").is_file() and (tmp_path / "picture_roi.png").is_file()
