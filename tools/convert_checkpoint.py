@@ -13,17 +13,17 @@ from pathlib import Path
 import dcnv2_d2
 import torch
 import yaml
-from dcnv2_d2.checkpoint import Converted, from_mmdetection, join_prediction_convs, read_state_dict
+from dcnv2_d2.checkpoint import Converted, from_mmdetection, join_prediction_convs, read_checkpoint
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 
 
-def convert(state_dict):
+def convert(state_dict, config_text, caffe):
     if any(name.endswith("p_conv.weight") for name in state_dict):
         return Converted(join_prediction_convs(state_dict), {}, [])
     if any(name.startswith(("backbone.bottom_up.", "proposal_generator.")) for name in state_dict):
         raise ValueError("it has Detectron2's names already: use it as MODEL.WEIGHTS")
-    return from_mmdetection(state_dict)
+    return from_mmdetection(state_dict, config_text, caffe=caffe)
 
 
 def compare_with_model(converted):
@@ -45,10 +45,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("folder", type=Path, help="for the results")
+    parser.add_argument(
+        "--caffe", action="store_true", help="a model of mmdetection's style caffe, where neither file nor name says so"
+    )
     parser.add_argument("--trust-pickle", action="store_true", help="read a file that could run code as it is read")
     args = parser.parse_args()
     try:
-        converted = convert(read_state_dict(args.checkpoint, trust=args.trust_pickle))
+        weights, config_text = read_checkpoint(args.checkpoint, trust=args.trust_pickle)
+        converted = convert(weights, config_text, args.caffe or "caffe" in args.checkpoint.stem)
     except (ValueError, OSError) as error:
         sys.exit(f"{args.checkpoint}: {error}")
 

@@ -1,7 +1,7 @@
 """Weights from elsewhere: v1 checkpoints for v2 models, mmdetection's models, blocks with separate predictions."""
 
 from .checkpointer import Checkpointer, UnreadableCheckpoint
-from .files import read_state_dict
+from .files import read_checkpoint, read_state_dict
 from .joining import join_pool_branch, join_prediction_convs
 from .mmdetection import Converted, from_mmdetection
 
@@ -12,5 +12,6 @@ __all__ = [
     "from_mmdetection",
     "join_pool_branch",
     "join_prediction_convs",
+    "read_checkpoint",
     "read_state_dict",
 ]

@@ -40,6 +40,9 @@ _RULES = {
     r"roi_head\.mask_head\.upsample\.(weight|bias)": lambda p: f"{_HEADS}.mask_head.deconv.{p}",
     r"roi_head\.mask_head\.conv_logits\.(weight|bias)": lambda p: f"{_HEADS}.mask_head.predictor.{p}",
 }
+# Of a backbone: order, mean and deviation of the channels of its images, and whether its strides are in the 1x1s.
+_PYTORCH = ("RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], False)
+_CAFFE = ("BGR", [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], True)
 _POOL = r"roi_head\.bbox_roi_extractor\.roi_layers\.(\d)\.((?:offset|mask)_fc\..*)"
 
 
@@ -64,8 +67,13 @@ class Converted:
     notes: list[str] = field(default_factory=list)
 
 
-def from_mmdetection(state_dict: Mapping[str, Tensor]) -> Converted:
+def from_mmdetection(state_dict: Mapping[str, Tensor], config_text: str = "", *, caffe: bool = False) -> Converted:
     """Converts the weights of an mmdetection model.
+
+    Args:
+        state_dict: by mmdetection's names.
+        config_text: mmdetection's config of the model, of which the preparation of images and the style are read.
+        caffe: what to take where config_text does not say: mmdetection's style caffe instead of pytorch.
 
     Raises:
         ValueError: it is not a Faster, Mask or Cascade R-CNN with a ResNet and FPN; the sentence says what is missing.
@@ -88,8 +96,13 @@ def from_mmdetection(state_dict: Mapping[str, Tensor]) -> Converted:
     _require_parts(model, state_dict)
 
     notes = []
+    style = _read_style(config_text, _CAFFE if caffe else _PYTORCH)
+    if "to_rgb" not in config_text and not caffe:
+        notes.append("the file does not say how its images were prepared; RGB is assumed, mmdetection's style pytorch")
     if stages:
-        notes.append("mmdetection averages the mask heads of all stages; Detectron2 has one, which is the last of them")
+        notes.append(
+            "mmdetection averages the masks of all stages' heads; Detectron2 has one, which is the last of them"
+        )
     if legacy:
         _move_background_last(model)
         notes.append("mmdetection 1.x counts boxes and anchors in whole pixels (+1): expect up to 1 AP less than there")
@@ -102,7 +115,7 @@ def from_mmdetection(state_dict: Mapping[str, Tensor]) -> Converted:
         for name, tensor in join_pool_branch(branch).items():
             model[f"{_HEADS}.box_pooler.level_poolers.{level}.{name}"] = tensor
     modulated_pool = any("mask_fc.0.weight" in branch for branch in levels.values())
-    return Converted(model, _config(model, bool(levels), modulated_pool, legacy), unmatched, notes)
+    return Converted(model, _config(model, bool(levels), modulated_pool, legacy, style), unmatched, notes)
 
 
 def _rename(name):
@@ -110,6 +123,23 @@ def _rename(name):
         if match := re.fullmatch(pattern, name):
             return new(*(group or "" for group in match.groups()))
     return None
+
+
+def _read_style(text, default):
+    """What a config's text says of these, and the default where it is silent."""
+
+    def find(pattern, read, otherwise):
+        return read(match[1]) if (match := re.search(pattern, text)) else otherwise
+
+    def numbers(listed):
+        return [float(number) for number in listed.split(",") if number.strip()]
+
+    return (
+        find(r"to_rgb\s*=\s*(True|False)", {"True": "RGB", "False": "BGR"}.get, default[0]),  # 3.x: bgr_to_rgb
+        find(r"\bmean\s*=\s*[\[(]([\d\s.,]+)[\])]", numbers, default[1]),
+        find(r"\bstd\s*=\s*[\[(]([\d\s.,]+)[\])]", numbers, default[2]),
+        find(r"\bstyle\s*=\s*['\"](\w+)", "caffe".__eq__, default[3]),
+    )
 
 
 def _require_parts(model, state_dict):
@@ -145,7 +175,8 @@ def _move_background_last(model):
             model[name] = tensor[4:]
 
 
-def _config(model, deformable_pool, modulated_pool, legacy):
+def _config(model, deformable_pool, modulated_pool, legacy, style):
+    image_format, mean, std, stride_in_1x1 = style
     cascade = f"{_HEADS}.box_head.0.fc1.weight" in model
     stage = ".0" if cascade else ""
     fc_dim, fc_inputs = model[f"{_HEADS}.box_head{stage}.fc1.weight"].shape
@@ -156,10 +187,10 @@ def _config(model, deformable_pool, modulated_pool, legacy):
     config = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
         "MASK_ON": f"{_HEADS}.mask_head.predictor.weight" in model,
-        "PIXEL_MEAN": [123.675, 116.28, 103.53],
-        "PIXEL_STD": [58.395, 57.12, 57.375],
+        "PIXEL_MEAN": list(mean),
+        "PIXEL_STD": list(std),
         "BACKBONE": {"NAME": "build_dcnv2_resnet_fpn_backbone"},
-        "RESNETS": _resnet_config(model),
+        "RESNETS": _resnet_config(model) | {"STRIDE_IN_1X1": stride_in_1x1},
         "FPN": {"IN_FEATURES": ["res2", "res3", "res4", "res5"], "OUT_CHANNELS": channels},
         "ANCHOR_GENERATOR": {"SIZES": [[32], [64], [128], [256], [512]]},
         "RPN": {
@@ -200,7 +231,7 @@ def _config(model, deformable_pool, modulated_pool, legacy):
             **align,
         }
     coco = {"DATASETS": {"TRAIN": ["coco_2017_train"], "TEST": ["coco_2017_val"]}} if num_classes == 80 else {}
-    return {"MODEL": config, **coco, "INPUT": {"FORMAT": "RGB"}, "VERSION": 2}
+    return {"MODEL": config, **coco, "INPUT": {"FORMAT": image_format}, "VERSION": 2}
 
 
 def _resnet_config(model):
@@ -216,7 +247,6 @@ def _resnet_config(model):
         "NUM_GROUPS": width // group_width,
         "WIDTH_PER_GROUP": group_width,
         "RES2_OUT_CHANNELS": 256 if bottleneck else 64,
-        "STRIDE_IN_1X1": False,
         "NORM": "FrozenBN",
         "OUT_FEATURES": ["res2", "res3", "res4", "res5"],
     }

@@ -1,6 +1,7 @@
 """Files of other people, v1 weights in a v2 model, and the conversion command."""
 
 import runpy
+import shutil
 from pathlib import Path
 
 import pytest
@@ -122,12 +123,18 @@ def convert(monkeypatch, capsys):
 
 
 def test_the_command(convert, tmp_path):
-    model = make_model(FASTER, *SMALL_HEADS, *run_mmdetections_way("2.x"))
+    """Of a model whose images are prepared otherwise than by default, which its config text says."""
+    way = [*run_mmdetections_way("2.x"), "INPUT.FORMAT", "BGR", "MODEL.RESNETS.STRIDE_IN_1X1", "True"]
+    way += ["MODEL.PIXEL_MEAN", "[103.5, 116.2, 123.6]", "MODEL.PIXEL_STD", "[57.3, 57.1, 58.3]"]
+    model = make_model(FASTER, *SMALL_HEADS, *way)
     source = to_mmdetection(model, "2.x")
-    torch.save({"state_dict": source, "meta": {"mmdet_version": "2.3.0"}}, tmp_path / "faster.pth")
+    text = "model = dict(backbone=dict(type='ResNet', style='caffe'))\n"
+    text += "img_norm_cfg = dict(\n    mean=[103.5, 116.2, 123.6], std=[57.3, 57.1, 58.3], to_rgb=False)\n"
+    torch.save({"state_dict": source, "meta": {"mmdet_version": "2.3.0", "config": text}}, tmp_path / "faster.pth")
     status, output = convert(tmp_path / "faster.pth", tmp_path / "converted")
-    assert status == 0 and "0 unmatched" in output
+    assert status == 0 and "0 unmatched" in output and "Note" not in output
     cfg = make_config(tmp_path / "converted/faster.yaml")
+    assert cfg.INPUT.FORMAT == "BGR"
     assert Path(cfg.MODEL.WEIGHTS) == tmp_path / "converted/faster.pth"
     converted = build_model(cfg).eval()
     DetectionCheckpointer(converted).load(cfg.MODEL.WEIGHTS)
@@ -138,9 +145,14 @@ def test_the_command(convert, tmp_path):
     source["backbone.layer2.0.attention.weight"] = torch.zeros(2)
     torch.save(source, tmp_path / "odd.pth")
     status, output = convert(tmp_path / "odd.pth", tmp_path / "converted")
-    assert status == 1 and "2 unmatched:" in output
+    assert status == 1 and "2 unmatched:" in output and "RGB is assumed" in output
     assert "backbone.layer2.0.attention.weight: no place in the model" in output
     assert "backbone.fpn_lateral2.bias: the model has (256,), the file nothing" in output
+
+    for file, option in (("plain", ["--caffe"]), ("of_caffe", [])):  # by the option, or by its name
+        shutil.copy(tmp_path / "odd.pth", tmp_path / f"{file}.pth")
+        assert "assumed" not in convert(tmp_path / f"{file}.pth", tmp_path / "converted", *option)[1]
+        assert make_config(tmp_path / f"converted/{file}.yaml").INPUT.FORMAT == "BGR"
 
 
 def test_the_command_joins_separate_predictions(convert, tmp_path):

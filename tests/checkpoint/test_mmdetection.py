@@ -162,6 +162,33 @@ def state():
     return to_mmdetection(build_model(cfg), "3.x")
 
 
+PYTORCH = ("RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], False)
+CAFFE = ("BGR", [103.53, 116.28, 123.675], [1.0, 1.0, 1.0], True)
+STYLES = {  # config text -> what is converted, by default and with caffe=True
+    "": (PYTORCH, CAFFE),
+    "model = dict(rpn_head=dict(target_means=[.0, .0, .0, .0]))": (PYTORCH, CAFFE),
+    # 1.x and 2.x; weights of Detectron's own mean
+    "backbone=dict(\n style='caffe'))\nimg_norm_cfg = dict(\n mean=[102.9801, 115.9465, 122.7717], std=[1, 1., 1.0],"
+    " to_rgb=False)": (("BGR", [102.9801, 115.9465, 122.7717], [1.0, 1.0, 1.0], True),) * 2,
+    # 3.x; mmdetection's ResNeXt-101 32x8d is BGR, but has the other strides
+    "data_preprocessor=dict(bgr_to_rgb=False, mean=[\n 103.53,\n 116.28,\n 123.675,\n ], std=[57.375, 57.12, 58.395]),"
+    'backbone=dict(style="pytorch")': (("BGR", [103.53, 116.28, 123.675], [57.375, 57.12, 58.395], False),) * 2,
+    "data_preprocessor=dict(bgr_to_rgb=True,mean=[123.675,116.28,103.53],std=[58.395,57.12,57.375]),style='pytorch'": (
+        (PYTORCH,) * 2
+    ),
+}
+
+
+@pytest.mark.parametrize("text", STYLES)
+@pytest.mark.parametrize("caffe", [False, True])
+def test_style(state, text, caffe):
+    converted = from_mmdetection(state, text, caffe=caffe)
+    cfg = make_config(converted.config)
+    found = (cfg.INPUT.FORMAT, cfg.MODEL.PIXEL_MEAN, cfg.MODEL.PIXEL_STD, cfg.MODEL.RESNETS.STRIDE_IN_1X1)
+    assert found == STYLES[text][caffe]
+    assert any("RGB is assumed" in note for note in converted.notes) == ("to_rgb" not in text and not caffe)
+
+
 def test_unmatched_is_listed(state):
     extra = {"backbone.layer1.0.conv2.gamma": torch.zeros(1), "roi_head.mask_iou_head.fc.weight": torch.zeros(1)}
     assert sorted(from_mmdetection(state | extra).unmatched) == sorted(extra)
