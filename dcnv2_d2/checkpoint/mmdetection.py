@@ -34,11 +34,11 @@ _RULES = {
     ),
     r"roi_head\.bbox_head(\.\d)?\.fc_cls\.(weight|bias)": lambda s, p: f"{_HEADS}.box_predictor{s}.cls_score.{p}",
     r"roi_head\.bbox_head(\.\d)?\.fc_reg\.(weight|bias)": lambda s, p: f"{_HEADS}.box_predictor{s}.bbox_pred.{p}",
-    r"roi_head\.mask_head\.convs\.(\d)\.conv\.(weight|bias)": (
-        lambda i, p: f"{_HEADS}.mask_head.mask_fcn{int(i) + 1}.{p}"
+    r"roi_head\.mask_head(\.\d)?\.convs\.(\d)\.conv\.(weight|bias)": (
+        lambda s, i, p: f"{_HEADS}.mask_head{s}.mask_fcn{int(i) + 1}.{p}"
     ),
-    r"roi_head\.mask_head\.upsample\.(weight|bias)": lambda p: f"{_HEADS}.mask_head.deconv.{p}",
-    r"roi_head\.mask_head\.conv_logits\.(weight|bias)": lambda p: f"{_HEADS}.mask_head.predictor.{p}",
+    r"roi_head\.mask_head(\.\d)?\.upsample\.(weight|bias)": lambda s, p: f"{_HEADS}.mask_head{s}.deconv.{p}",
+    r"roi_head\.mask_head(\.\d)?\.conv_logits\.(weight|bias)": lambda s, p: f"{_HEADS}.mask_head{s}.predictor.{p}",
 }
 # Of a backbone: order, mean and deviation of the channels of its images, and whether its strides are in the 1x1s.
 _PYTORCH = ("RGB", [123.675, 116.28, 103.53], [58.395, 57.12, 57.375], False)
@@ -79,14 +79,11 @@ def from_mmdetection(state_dict: Mapping[str, Tensor], config_text: str = "", *,
         ValueError: it is not a Faster, Mask or Cascade R-CNN with a ResNet and FPN; the sentence says what is missing.
     """
     legacy = any(name.startswith("bbox_head.") for name in state_dict)
-    stages = {int(match[1]) for name in state_dict if (match := re.search(r"\bmask_head\.(\d)\.", name))}
     model, levels, unmatched = {}, {}, []
     for name, tensor in state_dict.items():
         if name.endswith(".num_batches_tracked"):
             continue
         current = re.sub(r"^(?=(bbox|mask)_(head|roi_extractor)\.)", "roi_head.", name)
-        if stages:
-            current = current.replace(f".mask_head.{max(stages)}.", ".mask_head.")
         if pool := re.fullmatch(_POOL, current):
             levels.setdefault(int(pool[1]), {})[pool[2]] = tensor
         elif new := _rename(current):
@@ -99,10 +96,6 @@ def from_mmdetection(state_dict: Mapping[str, Tensor], config_text: str = "", *,
     style = _read_style(config_text, _CAFFE if caffe else _PYTORCH)
     if "to_rgb" not in config_text and not caffe:
         notes.append("the file does not say how its images were prepared; RGB is assumed, mmdetection's style pytorch")
-    if stages:
-        notes.append(
-            "mmdetection averages the masks of all stages' heads; Detectron2 has one, which is the last of them"
-        )
     if legacy:
         _move_background_last(model)
         notes.append("mmdetection 1.x counts boxes and anchors in whole pixels (+1): expect up to 1 AP less than there")
@@ -169,7 +162,9 @@ def _move_background_last(model):
     for name, tensor in model.items():
         if ".cls_score." in name:
             model[name] = tensor.roll(-1, 0)
-        elif ".mask_head.predictor." in name and len(tensor) > 1:  # 1: the same mask for every class
+        elif (
+            re.search(r"\.mask_head(\.\d)?\.predictor\.", name) and len(tensor) > 1
+        ):  # 1: the same mask for every class
             model[name] = tensor[1:]
         elif ".bbox_pred." in name and len(tensor) > 4:  # 4: the same deltas for every class
             model[name] = tensor[4:]
@@ -184,9 +179,10 @@ def _config(model, deformable_pool, modulated_pool, legacy, style):
     channels = len(model["backbone.fpn_output2.weight"])
     # 1.x has 2x2 samples a bin and no half-pixel alignment; later there is one sample per pixel.
     align = {"POOLER_TYPE": "ROIAlign" if legacy else "ROIAlignV2", "POOLER_SAMPLING_RATIO": 2 if legacy else 0}
+    masks = f"{_HEADS}.mask_head{stage if f'{_HEADS}.mask_head.0.predictor.weight' in model else ''}"
     config = {
         "META_ARCHITECTURE": "GeneralizedRCNN",
-        "MASK_ON": f"{_HEADS}.mask_head.predictor.weight" in model,
+        "MASK_ON": f"{masks}.predictor.weight" in model,
         "PIXEL_MEAN": list(mean),
         "PIXEL_STD": list(std),
         "BACKBONE": {"NAME": "build_dcnv2_resnet_fpn_backbone"},
@@ -221,10 +217,10 @@ def _config(model, deformable_pool, modulated_pool, legacy, style):
         config["ROI_HEADS"]["NAME"] = "DCNv2CascadeROIHeads" if cascade else "DCNv2ROIHeads"
         config["ROI_BOX_HEAD"] |= {"POOLER_TYPE": pooler, "POOLER_SAMPLING_RATIO": 0}
     if config["MASK_ON"]:
-        predictor = model[f"{_HEADS}.mask_head.predictor.weight"]
+        predictor = model[f"{masks}.predictor.weight"]
         config["ROI_MASK_HEAD"] = {
-            "NAME": "MaskRCNNConvUpsampleHead",
-            "NUM_CONV": _count(rf"{_HEADS}\.mask_head\.mask_fcn\d\.weight", model),
+            "NAME": "AveragedMaskHeads" if masks.endswith(".0") else "MaskRCNNConvUpsampleHead",
+            "NUM_CONV": _count(rf"{re.escape(masks)}\.mask_fcn\d\.weight", model),
             "CONV_DIM": predictor.shape[1],
             "CLS_AGNOSTIC_MASK": len(predictor) != num_classes,
             "POOLER_RESOLUTION": 14,

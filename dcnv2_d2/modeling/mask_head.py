@@ -1,0 +1,35 @@
+"""A mask head for each stage of a cascade."""
+
+import torch
+from detectron2.config import configurable
+from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
+from detectron2.modeling.roi_heads import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
+from torch import nn
+
+
+@ROI_MASK_HEAD_REGISTRY.register()
+class AveragedMaskHeads(BaseMaskRCNNHead, nn.ModuleList):
+    """Detectron2's mask head, as many times as a cascade has stages, whose masks are averaged.
+
+    mmdetection's Cascade Mask R-CNN predicts so. It trains each head on the boxes of its stage; here all are trained
+    together, on the proposals.
+    """
+
+    @configurable
+    def __init__(self, *, heads: list[nn.Module], **kwargs):
+        """
+        Args:
+            heads: modules with a method `layers`, from features to mask logits.
+            kwargs: of BaseMaskRCNNHead.
+        """
+        super().__init__(**kwargs)
+        self.extend(heads)
+
+    @classmethod
+    def from_config(cls, cfg, input_shape):
+        heads = [MaskRCNNConvUpsampleHead(cfg, input_shape) for _ in cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS]
+        return {"heads": heads, **super().from_config(cfg, input_shape)}
+
+    def layers(self, x):
+        masks = torch.stack([head.layers(x).sigmoid() for head in self])
+        return masks.mean(0).logit(eps=1e-6)
