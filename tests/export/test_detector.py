@@ -1,9 +1,14 @@
 """Whole R-CNNs, exported once, against themselves at several image sizes."""
 
+import runpy
+from pathlib import Path
+
+import cv2
 import pytest
 import torch
-from dcnv2_d2.export import export_detector, export_onnx
-from dcnv2_d2.layers import DeformConv2d, ModulatedDeformRoIPool
+from dcnv2_d2.export import Detector, export_detector, export_onnx
+from dcnv2_d2.layers import ModulatedDeformConv2d, ModulatedDeformRoIPool
+from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 from models import CONFIGS, FASTER, MASK, make_config, make_model
 
@@ -11,24 +16,24 @@ HEADS = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.ROI_BOX_HEAD.FC_DIM", "64", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "60"),
 ]
+# Exporting takes longest, so one model has all: mdpool in the box head, RoIAlign in the mask head.
 MDPOOL = [
     *("MODEL.ROI_HEADS.NAME", "DCNv2ROIHeads", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool"),
-    *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool", "MODEL.DCNV2.MDPOOL_FC_DIMS", "[64, 64]"),
+    *("MODEL.DCNV2.MDPOOL_FC_DIMS", "[64, 64]"),
 ]
-SMALL = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
-MODELS = {"faster mdconv": (FASTER, []), "mask mdconv mdpool": (MASK, MDPOOL)}
+SMALL = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
 # The first has more anchors on p2 than RPN.PRE_NMS_TOPK_TEST; the second is the smallest there may be.
 SIZES = [(160, 131), (65, 66)]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def exported(request):
-    """A model and its program."""
+@pytest.fixture(scope="module")
+def exported():
+    """ResNet-50 with FPN, mdconv and mdpool, and its program."""
     torch.manual_seed(0)
-    config, options = MODELS[request.param]
-    model = make_model(config, *HEADS, *options)
-    assert sum(isinstance(m, DeformConv2d) for m in model.modules()) == 13
-    assert sum(isinstance(m, ModulatedDeformRoIPool) for m in model.modules()) == (8 if options else 0)
+    model = make_model(MASK, *HEADS, *MDPOOL)
+    layers = [type(m) for m in model.modules()]
+    assert layers.count(ModulatedDeformConv2d) == 13
+    assert layers.count(ModulatedDeformRoIPool) == layers.count(ROIAlign) == 4
     return model, export_detector(model)
 
 
@@ -68,8 +73,7 @@ def test_onnx_runtime(exported, tmp_path):
     path = tmp_path / "detector.onnx"
     export_onnx(program, path)
     session = onnxruntime.InferenceSession(path)
-    names = ["boxes", "scores", "classes", "masks"]
-    assert [o.name for o in session.get_outputs()] == names[: 4 if model.roi_heads.mask_on else 3]
+    assert [o.name for o in session.get_outputs()] == ["boxes", "scores", "classes", "masks"]
     for size in SIZES:
         image = make_image(*size)
         results = [torch.from_numpy(r) for r in session.run(None, {"image": image.numpy()})]
@@ -78,7 +82,7 @@ def test_onnx_runtime(exported, tmp_path):
 
 @pytest.fixture(scope="module")
 def small():
-    """A Mask R-CNN of one level, without padding to whole strides, and its program."""
+    """A Mask R-CNN of one level, without padding to whole strides, mdpool in both heads, and its program."""
     torch.manual_seed(0)
     model = make_model(SMALL)
     return model, export_detector(model)
@@ -103,14 +107,53 @@ def test_small_detector_from_a_file(small, tmp_path):
     assert [len(r) for r in module(make_image(128, 128))] == [0, 0, 0, 0]
 
 
-def test_small_detector_in_onnx_runtime(small, tmp_path):
+def test_without_masks():
+    model, image = make_model(SMALL, "MODEL.MASK_ON", "False"), make_image(99, 160)
+    with torch.no_grad():
+        assert_small(Detector(model)(image), model, image)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """tools/export_model.py in this process: what it prints."""
+
+    def run(*args):
+        monkeypatch.setattr("sys.argv", ["export_model.py", "--config-file", str(SMALL), *map(str, args)])
+        runpy.run_path(Path(__file__).parents[2] / "tools/export_model.py", run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_the_command(small, command, tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime", "1.25")
-    model, program = small
-    export_onnx(program, tmp_path / "small.onnx", opset=20)
+    model, _ = small
+    torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+    cv2.imwrite(str(tmp_path / "photo.png"), make_image(128, 160).numpy().transpose(1, 2, 0))
+    options = ["--output", tmp_path / "small.onnx", "--opset", "20", "--image", tmp_path / "photo.png"]
+    printed = command(*options, "--opts", "MODEL.WEIGHTS", tmp_path / "model.pth", "INPUT.MIN_SIZE_TEST", "128")
+    assert "20 detections in an image of 160 x 128" in printed
+    differences = dict(line.split() for line in printed.splitlines()[-4:])
+    assert list(differences) == ["boxes", "scores", "classes", "masks"]
+    assert all(float(difference) < 1e-3 for difference in differences.values())
     session = onnxruntime.InferenceSession(tmp_path / "small.onnx")
     for image in (make_image(128, 128), make_image(99, 160)):
         results = session.run(None, {"image": image.numpy()})
         assert_small([torch.from_numpy(r) for r in results], model, image)
+
+
+@pytest.mark.parametrize(
+    "options, sentence",
+    [
+        (["--output", "model.onnx", "--opset", "18"], "--opset must be 19 or later, the first with DeformConv, got 18"),
+        (["--output", "model.pt"], "--output must end in .onnx or .pt2, got model.pt"),
+        (["--output", "model.pt2"], "MODEL.WEIGHTS must be given"),
+    ],
+)
+def test_the_command_refuses(options, sentence, command, capsys):
+    with pytest.raises(SystemExit):
+        command(*options)
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
