@@ -34,8 +34,7 @@ def setup(args):
 
 def main(args):
     cfg = setup(args)
-    if comm.is_main_process():
-        check_datasets(cfg, train=not args.eval_only)
+    check_datasets(cfg, train=not args.eval_only)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

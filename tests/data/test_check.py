@@ -3,12 +3,15 @@
 import copy
 import json
 import logging
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 
 import pytest
 from dcnv2_d2 import load_config
 from dcnv2_d2.data.check import check_datasets
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
 from PIL import Image
 
 CONFIG = Path(__file__).parents[2] / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
@@ -142,6 +145,75 @@ def test_everything_in_one_message(make, tmp_path):
     del unsized["images"][0]["height"]
     text = message(config(f"('{first}', '{make('unsized', unsized)}')", nowhere, 5))
     assert len(text.splitlines()) == 5
-    for part in ("3 of 3 images are missing", "nowhere.json", "unsized", "'height'", "NUM_CLASSES is 5"):
+    unread = f"{tmp_path}/unsized.json:{tmp_path}/unsized: cannot be read: KeyError: 'height'"
+    for part in ("3 of 3 images are missing", "nowhere.json", unread, "NUM_CLASSES is 5"):
         assert part in text
     assert "missing" not in message(config(first, nowhere), train=False)
+
+
+def record(i, image, **others):
+    box = {"bbox": [1.0, 1.0, 9.0, 9.0], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0,
+           "segmentation": [[1, 1, 9, 1, 9, 9]]}  # fmt: skip
+    return {"file_name": image, "image_id": i, "height": 48, "width": 64, "annotations": [box], **others}
+
+
+@pytest.fixture
+def by_hand(tmp_path):
+    """Registers two images with a box each, with changes, as users do without a file; returns the config."""
+    Image.new("RGB", (64, 48)).save(tmp_path / "0.jpg")
+
+    def register(change, classes=("nut", "bolt")):
+        records = [record(i, str(tmp_path / "0.jpg")) for i in range(2)]
+        change(records)
+        good = [record(9, str(tmp_path / "0.jpg"))]
+        for name, content in (("by_hand", records), ("good", good)):
+            DatasetCatalog.register(name, lambda content=content: content)
+            MetadataCatalog.get(name).set(**{"thing_classes": list(classes)} if classes else {})
+        return config("by_hand", "good")
+
+    yield register
+    for name in ("by_hand", "good"):
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+def without(*path):
+    return lambda records: reduce(getitem, path[:-1], records).pop(path[-1])
+
+
+def put(value, *path):
+    return lambda records: reduce(getitem, path[:-1], records).update({path[-1]: value})
+
+
+BOX = (1, "annotations", 0)
+
+
+@pytest.mark.parametrize(
+    "change, expected",
+    [
+        (without(1, "file_name"), "1 of 2 images have no file_name: image 1"),
+        (without(1, "annotations"), "1 of 2 images have no annotations: 0.jpg"),
+        *((without(*BOX, k), f"1 of 2 objects have no {k}: 0.jpg") for k in ("bbox", "bbox_mode", "category_id")),
+        (put(2, *BOX, "category_id"), "1 of 2 objects have a category_id that is none of 0 to 1: 2 in 0.jpg"),
+        (put("nut", *BOX, "category_id"), "1 of 2 objects have a category_id that is none of 0 to 1: nut in 0.jpg"),
+        (put(None, *BOX, "bbox"), "cannot be read: TypeError: 'NoneType' object is not iterable"),
+        (put([1, 1, 90, 9], *BOX, "bbox"),
+         "1 of 2 boxes (x1, y1, x2, y2) leave the image: [1, 1, 90, 9] in 0.jpg (64 x 48)"),
+    ],
+)  # fmt: skip
+def test_records_made_by_hand(change, expected, by_hand):
+    assert message(by_hand(change)) == f"the data sets do not fit:\n  by_hand: {expected}"
+
+
+@pytest.mark.parametrize("key", ["image_id", "height", "width"])
+def test_what_only_the_evaluation_needs(key, by_hand):
+    cfg = by_hand(without(1, key))
+    check_datasets(cfg)
+    cfg.DATASETS.TEST = cfg.DATASETS.TRAIN
+    assert message(cfg).endswith(f"\n  by_hand: 1 of 2 images have no {key}: 0.jpg")
+
+
+def test_no_class_names(by_hand):
+    expected = "its metadata has no thing_classes, the names of the 2 classes"
+    lines = message(by_hand(lambda records: None, classes=None)).splitlines()
+    assert lines[1:] == [f"  good: {expected}", f"  by_hand: {expected}"]
