@@ -5,13 +5,13 @@ import functools
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.data import DatasetFromList, MapDataset, MetadataCatalog, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase
 from detectron2.engine import launch as detectron2_launch
@@ -21,10 +21,10 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import nn
-from torch.utils.data import Sampler
 
 from . import compat
 from .checkpoint import Checkpointer
+from .data.stream import TrainingStream, seed_by
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -34,9 +34,8 @@ class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer with this package's optimizer and the evaluators of COCO-format data.
 
     With a SEED a run that is killed and resumed ends as one that was not: the random numbers of an iteration depend on
-    SEED and the iteration alone, and the resumed run goes on where the stream of images was left. That is exact with
-    DATALOADER.NUM_WORKERS 0. Worker processes share out the stream and draw random numbers of their own: with them a
-    resumed run may see images in another order, and augments them differently.
+    SEED and the iteration alone, those of an image on SEED and its place in the stream of images, and the resumed run
+    goes on where that stream was left. DATALOADER.NUM_WORKERS changes none of it.
     """
 
     @classmethod
@@ -64,17 +63,22 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg, start_iter=0):
-        """Detectron2's loader, without the batches before start_iter."""
-        if cfg.SEED >= 0:
-            seed_all_rng(cfg.SEED + comm.get_rank())  # Detectron2 0.6 seeds the sampler from NumPy's state
+        """Detectron2's loader, which with a SEED leaves out the batches before start_iter."""
+        if cfg.SEED < 0:
+            return super().build_train_loader(cfg)
+        seed_all_rng(cfg.SEED + comm.get_rank())  # Detectron2 0.6 seeds the sampler from NumPy's state
         options = _train_loader_from_config(cfg)
-        if start_iter:
-            wide = None
-            if options["aspect_ratio_grouping"]:
-                wide = [_is_wide(record) for record in options["dataset"]]
-            batch = options["total_batch_size"] // comm.get_world_size()
-            options["sampler"] = ResumedSampler(options["sampler"], start_iter, batch, wide)
-        return build_detection_train_loader(**options)
+        records, grouped = options["dataset"], options["aspect_ratio_grouping"]
+        stream = TrainingStream(
+            MapDataset(DatasetFromList(records, copy=False), options["mapper"]),
+            options["sampler"],
+            seed=cfg.SEED,
+            batch_size=options["total_batch_size"] // comm.get_world_size(),
+            grouped=grouped,
+            skip=start_iter,
+            wide=[_is_wide(record) for record in records] if grouped and start_iter else None,
+        )
+        return build_detection_train_loader(**options | {"dataset": stream, "sampler": None, "mapper": None})
 
     def build_hooks(self):
         self.checkpointer = Checkpointer(self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
@@ -83,18 +87,24 @@ class Trainer(DefaultTrainer):
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
-        if self.start_iter:
+        if self.start_iter and self.cfg.SEED >= 0:
             compat.replace_data_loader(self._trainer, self.build_train_loader(self.cfg, self.start_iter))
 
     def run_step(self):
-        batch = []
-        remember = self._trainer.model.register_forward_pre_hook(lambda module, args: batch.extend(args[0]))
+        step = {"batch": []}
+
+        def remember(model, args):
+            device = next(model.parameters()).device.type
+            enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+            step.update(batch=args[0], autocast=torch.autocast(device, dtype, enabled))
+
+        handle = self._trainer.model.register_forward_pre_hook(remember)
         try:
             super().run_step()
         except FloatingPointError as e:
-            raise FloatingPointError(f"{e}\n{explain_divergence(self._trainer.model, batch)}") from None
+            raise FloatingPointError(f"{e}\n{explain_divergence(self._trainer.model, **step)}") from None
         finally:
-            remember.remove()
+            handle.remove()
 
     # Detectron2 0.6 leaves the optimizer's state out of its checkpoints (detectron2 #4110); main does the same as here.
     def state_dict(self):
@@ -120,55 +130,23 @@ class SeedEachStep(HookBase):
         self.seed = seed
 
     def before_train(self):
-        # Once more between data and model: a loader's first batch takes a number more from PyTorch than the others.
-        self.handle = self.trainer._trainer.model.register_forward_pre_hook(lambda *_: self.before_step())
+        # Between data and model: what loading the images leaves behind depends on the loader's workers.
+        self.handle = self.trainer._trainer.model.register_forward_pre_hook(
+            lambda *_: seed_by(self.seed, comm.get_rank(), self.trainer.iter)
+        )
 
     def after_train(self):
         self.handle.remove()
 
-    def before_step(self):
-        numbers = np.random.SeedSequence([self.seed, comm.get_rank(), self.trainer.iter])
-        seed_all_rng(int(numbers.generate_state(1)[0]) >> 1)
-
-
-class ResumedSampler(Sampler):
-    """The stream of indices of another sampler from where a number of batches have been made of it."""
-
-    def __init__(self, sampler: Sampler, batches: int, batch_size: int, wide: list[bool] | None):
-        """
-        Args:
-            sampler: endless, and the same on each iteration.
-            batches, batch_size: how many are to be left out, and how many images of this process each has.
-            wide: for Detectron2's grouping by aspect ratio, whether an image is wider than high; None: no grouping.
-        """
-        self.sampler = sampler
-        self.batches = batches
-        self.batch_size = batch_size
-        self.wide = wide
-
-    def __iter__(self) -> Iterator[int]:
-        stream = iter(self.sampler)
-        waiting = ([], [])  # for their batch to be complete, by group
-        left = self.batches
-        while left:
-            index = next(stream)
-            group = waiting[self.wide is not None and self.wide[index]]
-            group.append(index)
-            if len(group) == self.batch_size:
-                group.clear()
-                left -= 1
-        for group in waiting:
-            yield from group
-        yield from stream
-
 
 @torch.no_grad()
-def explain_divergence(model: nn.Module, batch: list[dict]) -> str:
-    """Sentences that say which parameter, layer and image made a loss infinite or NaN, by a second pass in float32.
+def explain_divergence(model: nn.Module, batch: list[dict], autocast: AbstractContextManager | None = None) -> str:
+    """Sentences that say which parameter, layer and image made a loss infinite or NaN, by a second pass.
 
     Args:
         model: a Detectron2 model in training mode, inside an event storage.
         batch: the model's input.
+        autocast: under which the loss was computed, in which numbers overflow that float32 holds.
     """
     names = [str(record.get("file_name", record.get("image_id", "unknown"))) for record in batch]
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
@@ -186,7 +164,8 @@ def explain_divergence(model: nn.Module, batch: list[dict]) -> str:
             for path, module in model.named_modules()
         ]
         try:
-            model([record])
+            with autocast or nullcontext():
+                model([record])
         except FloatingPointError:  # by Detectron2's RPN, after the layer that is to blame
             pass
         finally:
@@ -194,7 +173,7 @@ def explain_divergence(model: nn.Module, batch: list[dict]) -> str:
                 hook.remove()
         if layers:
             return f"First layer with an output that is not finite: {layers[0]}, on the image {name}."
-    return f"No single image of this step repeats it in float32: {', '.join(names)}."
+    return f"No single image of this step repeats it: {', '.join(names)}."
 
 
 def _note_if_not_finite(layers: list[str], path: str, module, inputs, output) -> None:

@@ -1,9 +1,9 @@
 """Runs that are killed, resumed, spread over processes, or that diverge."""
 
-import itertools
 import os
 import pickle
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -14,9 +14,8 @@ import numpy as np
 import pytest
 import torch
 from dcnv2_d2.checkpoint import Checkpointer, UnreadableCheckpoint
-from dcnv2_d2.engine import ResumedSampler, explain_divergence
-from detectron2.data.common import AspectRatioGroupedDataset
-from detectron2.data.samplers import TrainingSampler
+from dcnv2_d2.engine import Trainer, explain_divergence
+from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.utils.events import EventStorage
 from torch import nn
 
@@ -77,11 +76,12 @@ def whole(tmp_path_factory, data):
 
 @pytest.mark.parametrize("number", range(20 if NIGHTLY else 1))
 def test_a_run_killed_at_any_time_ends_with_the_same_weights(number, whole, tmp_path, data):
-    """Killed up to a second after its first checkpoint, and resumed."""
-    steps = ("SOLVER.MAX_ITER", "16")
+    """Killed up to a second after one of its checkpoints, and resumed; every other time workers load the images."""
+    steps = ("SOLVER.MAX_ITER", "16", "DATALOADER.NUM_WORKERS", str(2 * (number % 2)))
+    iteration = random.randrange(1, 14, 2)
     killed = start(tmp_path / "killed", data, *steps)
     deadline = time.monotonic() + 120
-    while not (tmp_path / "killed" / "last_checkpoint").is_file():
+    while not (tmp_path / "killed" / f"model_{iteration:07}.pth").is_file():
         assert killed.poll() is None and time.monotonic() < deadline, killed.communicate()
         time.sleep(0.01)
     time.sleep(random.random())
@@ -89,18 +89,20 @@ def test_a_run_killed_at_any_time_ends_with_the_same_weights(number, whole, tmp_
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     output = finish(start(tmp_path / "killed", data, *steps, flags=["--resume"]))
-    assert "Starting training from iteration 0" not in output
+    print("Killed after iteration", iteration, *(resumed := re.findall("Starting training from iteration .*", output)))
+    assert resumed and int(resumed[0].split()[-1]) >= iteration - 1  # or killed before the last line of saving
     assert_same_weights(weights(whole / "model_final.pth"), weights(tmp_path / "killed" / "model_final.pth"))
 
 
 @pytest.mark.parametrize("processes, config", PROCESSES)
 def test_processes_agree(tmp_path, data, processes, config):
+    """With automatic mixed precision, which on the CPU is turned off, and said to be."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     script = tmp_path / "check.py"
     script.write_text(CHECK_RANKS)
     output = subprocess.run(
         [sys.executable, *launcher, script, QUICK_START / f"{config}.yaml", *SMALL]
-        + ["SOLVER.MAX_ITER", "10", "OUTPUT_DIR", tmp_path / "run"],
+        + ["SOLVER.MAX_ITER", "10", "SOLVER.AMP.ENABLED", "True", "OUTPUT_DIR", tmp_path / "run"],
         cwd=ROOT,
         env={**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -109,6 +111,7 @@ def test_processes_agree(tmp_path, data, processes, config):
     )
     assert output.returncode == 0, output.stdout + output.stderr
     assert output.stdout.count("ranks agree") == processes
+    assert ("needs a GPU in Detectron2's trainer: training in float32" in output.stderr) != torch.cuda.is_available()
 
 
 CHECK_RANKS = """
@@ -124,7 +127,7 @@ def main(args):
     trainer.resume_or_load(False)
     trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
     trainer.train()
-    assert isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel)
+    assert isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel) and trainer.iter == 9
     own = [p.detach() for p in trainer.model.parameters()]
     everyone = comm.all_gather(own)
     assert all(torch.equal(a, b) for other in everyone for a, b in zip(own, other))
@@ -132,23 +135,6 @@ def main(args):
 
 launch(main, default_argument_parser().parse_args(["--config-file", *sys.argv[1:]]))
 """
-
-
-@pytest.mark.parametrize("wide", [None, [i % 3 == 0 for i in range(11)]], ids=["ungrouped", "grouped"])
-@pytest.mark.parametrize("batches", [1, 4, 9])
-def test_resumed_sampler(batches, wide):
-    """Detectron2's own grouping, of the whole stream and of the resumed one."""
-
-    def stream(sampler):
-        if wide is None:
-            indices = iter(sampler)
-            return iter(lambda: list(itertools.islice(indices, 3)), [])
-        records = ({"width": 2 + wide[i], "height": 2, "index": i} for i in sampler)
-        return ([record["index"] for record in batch] for batch in AspectRatioGroupedDataset(records, 3))
-
-    whole = list(itertools.islice(stream(TrainingSampler(11, seed=3)), 20))
-    resumed = stream(ResumedSampler(TrainingSampler(11, seed=3), batches, 3, wide))
-    assert list(itertools.islice(resumed, 20 - batches)) == whole[batches:]
 
 
 class Counter:
@@ -269,6 +255,33 @@ def test_divergence_names_layer_and_image():
     with EventStorage():
         text = explain_divergence(Diverging(), batch)
     assert "second" in text and "9.jpg" in text and "1.jpg" not in text
+
+
+class OneStep(Trainer):
+    """One step with a batch, under the autocast of an AMPTrainer, which wants a GPU."""
+
+    def __init__(self, model, batch, dtype):
+        class Inner(SimpleTrainer):
+            def run_step(self):
+                with torch.autocast("cpu", dtype, enabled=dtype is not None):
+                    loss = self.model(next(self._data_loader_iter))["loss"]
+                self._write_metrics({"loss": loss}, 0.0)
+
+        TrainerBase.__init__(self)
+        self._trainer = Inner(model, [batch], torch.optim.SGD(model.parameters(), 0.1))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+def test_divergence_is_repeated_under_the_autocast_of_the_step(dtype):
+    model = Diverging()
+    model.second.weight.data.fill_(3e4)  # 9 times that is too much for float16 alone
+    batch = [{"file_name": f"{i}.jpg", "image": torch.tensor([float(i)])} for i in (1, 9)]
+    with EventStorage():
+        if dtype is torch.float16:
+            with pytest.raises(FloatingPointError, match="not finite: second, on the image 9.jpg"):
+                OneStep(model, batch, dtype).run_step()
+        else:
+            OneStep(model, batch, dtype).run_step()
 
 
 def test_divergence_names_broken_parameters():

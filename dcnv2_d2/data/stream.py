@@ -1,0 +1,75 @@
+"""The stream of training images: the same however many processes load it, and wherever it is taken up."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from detectron2.utils import comm
+from detectron2.utils.env import seed_all_rng
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
+
+
+def seed_by(*numbers: int) -> None:
+    """Makes what is random from here on depend on these numbers (from 0) and on nothing else."""
+    seed_all_rng(int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1)
+
+
+class TrainingStream(IterableDataset):
+    """The images that a sampler of Detectron2 chooses, from where a number of batches have been made of them.
+
+    How an image is augmented depends on nothing but the seed, the process and the image's place in the whole stream.
+    Loader workers share the stream out so that Detectron2's loader makes the batches of one process of it.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        sampler: Sampler,
+        *,
+        seed: int,
+        batch_size: int,
+        grouped: bool,
+        skip: int = 0,
+        wide: list[bool] | None = None,
+    ):
+        """
+        Args:
+            dataset: gives the augmented image of an index.
+            sampler: endless, and the same on each iteration.
+            batch_size: images of this process in a batch.
+            grouped: whether the loader groups them by aspect ratio, so that it takes single images from the workers.
+            skip: how many batches are to be left out.
+            wide: whether an image is wider than high, by index; needed to skip batches that are grouped.
+        """
+        self.dataset = dataset
+        self.sampler = sampler
+        self.seed = seed
+        self.batch_size = batch_size
+        self.grouped = grouped
+        self.skip = skip
+        self.wide = wide
+        self.rank = comm.get_rank()  # which a loader's worker need not know
+
+    def __iter__(self) -> Iterator:
+        worker = get_worker_info()
+        workers, own = (worker.num_workers, worker.id) if worker else (1, 0)
+        turn = 1 if self.grouped else self.batch_size  # images that the loader takes from a worker, then from the next
+        for number, (place, index) in enumerate(self._remaining()):
+            if number // turn % workers == own:
+                seed_by(self.seed, self.rank, place, 1)  # 1: apart from the numbers of iteration `place`
+                yield self.dataset[index]
+
+    def _remaining(self) -> Iterator[tuple[int, int]]:
+        """Places and indices of the images that are in none of the batches to be left out."""
+        stream = enumerate(self.sampler)
+        waiting = ([], [])  # for their batch to be complete, by group
+        left = self.skip
+        while left:
+            place, index = next(stream)
+            group = waiting[self.grouped and self.wide[index]]
+            group.append((place, index))
+            if len(group) == self.batch_size:
+                group.clear()
+                left -= 1
+        for group in waiting:
+            yield from group
+        yield from stream
