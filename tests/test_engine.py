@@ -128,7 +128,7 @@ def main(args):
     trainer.resume_or_load(False)
     trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
     trainer.train()
-    assert isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel) and trainer.iter == 9
+    assert isinstance(trainer.model, torch.nn.parallel.DistributedDataParallel) and trainer.iter == 10
     own = [p.detach() for p in trainer.model.parameters()]
     everyone = comm.all_gather(own)
     assert all(torch.equal(a, b) for other in everyone for a, b in zip(own, other))
