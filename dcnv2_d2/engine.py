@@ -69,8 +69,11 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED + comm.get_rank())  # Detectron2 0.6 seeds the sampler from NumPy's state
         options = _train_loader_from_config(cfg)
         records, grouped = options["dataset"], options["aspect_ratio_grouping"]
+        if options["sampler"] is None:  # Detectron2 main, of an IterableDataset: its order is its own
+            return build_detection_train_loader(**options)
+        dataset = DatasetFromList(records, copy=False) if isinstance(records, list) else records
         stream = TrainingStream(
-            MapDataset(DatasetFromList(records, copy=False), options["mapper"]),
+            MapDataset(dataset, options["mapper"]),
             options["sampler"],
             seed=cfg.SEED,
             batch_size=options["total_batch_size"] // comm.get_world_size(),
