@@ -1,40 +1,57 @@
 #!/usr/bin/env bash
-# Runs the tests beside several versions of Python, PyTorch and Detectron2, each in an environment of its own.
+# Runs the tests beside several versions of Python, PyTorch and Detectron2, each in an environment of its own, and prints a table.
+# Needs git, g++ and uv, which fetches the Pythons that are not here. Fails if any row does.
 #
 #   tools/test_matrix.sh FOLDER [pytest arguments]
 #
-# FOLDER receives the environments and copies of the project, and is kept. DETECTRON2_MAIN, a checkout of Detectron2, adds its row.
-# MATRIX chooses rows: lines of "Python torch torchvision Detectron2".
+# FOLDER receives for each row a copy of the last commit with its environment and log, and table.md; all are kept.
+# MATRIX chooses rows: lines of "Python torch Detectron2". DETECTRON2_MAIN is where Detectron2's main is: a git+ address or a folder.
 set -euo pipefail
 source=$(cd "$(dirname "$0")/.." && pwd)
 mkdir -p "$1" && folder=$(cd "$1" && pwd) && shift
-MATRIX=${MATRIX:-"3.10 2.6.0 0.21.0 0.6
-3.11 2.11.0 0.26.0 0.6
-3.12 2.11.0 0.26.0 0.6
-3.13 2.15.0 0.29.2 0.6
-${DETECTRON2_MAIN:+3.11 2.11.0 0.26.0 main}"}
+DETECTRON2_MAIN=${DETECTRON2_MAIN:-git+https://github.com/facebookresearch/detectron2.git}
+MATRIX=${MATRIX:-"3.10 2.11.0 0.6
+3.11 2.6.0 0.6
+3.11 2.11.0 0.6
+3.11 2.11.0 main
+3.11 newest 0.6
+3.12 2.11.0 0.6
+3.13 2.11.0 0.6"}
 
-summary="| Python | torch | Detectron2 | tests |
-|---|---|---|---|"
-while read -r python torch torchvision detectron2; do
-  [ -n "$python" ] || continue
-  name=$python-torch$torch-detectron2-$detectron2
-  project=$folder/$name
-  rm -rf "$project"
-  git clone -q "$source" "$project"
-  cd "$project"
-  export UV_PYTHON=$python VIRTUAL_ENV=$project/.venv
-  if uv sync -q --no-install-project > "$name.log" 2>&1 &&
-    uv pip install -q "torch==$torch" "torchvision==$torchvision" setuptools ninja >> "$name.log" 2>&1 &&
-    if [ "$detectron2" = main ]; then
-      uv pip uninstall -q pb1-detectron2 && uv pip install -q --no-deps --no-build-isolation "$DETECTRON2_MAIN"
-    fi >> "$name.log" 2>&1 &&
-    .venv/bin/python setup.py -q build_ext --inplace >> "$name.log" 2>&1; then
-    .venv/bin/python -m pytest -q "$@" >> "$name.log" 2>&1 || true
-    result=$(tail -1 "$name.log")
-  else
-    result="not installed, see $name.log"
+install() {
+  local constraint=torch
+  [ "$torch" = newest ] || constraint+="==$torch"
+  # What is resolved for this Python alone may differ from what is resolved for all of them, and today from yesterday.
+  sed -i -e "s/^requires-python = .*/requires-python = \"==$python.*\"/" -e '/^exclude-newer/d' \
+    -e "s/^constraint-dependencies = .*/constraint-dependencies = [\"$constraint\"]/" pyproject.toml
+  uv sync --python "$python" || return
+  if [ "$detectron2" = main ]; then
+    uv pip uninstall pb1-detectron2 && uv pip install "setuptools<82" &&
+      uv pip install --no-build-isolation "detectron2 @ $DETECTRON2_MAIN"
   fi
-  summary+=$'\n'"| $python | $torch | $detectron2 | $result |"
+}
+
+versions() {  # of Python, torch and torchvision, as table cells
+  .venv/bin/python -c "import platform, torch, torchvision as tv; print(platform.python_version(), torch.__version__, tv.__version__, sep=' | ')"
+}
+
+unset VIRTUAL_ENV PYTHONPATH
+status=0
+printf '%s\n' '| date | Python | torch | torchvision | Detectron2 | tests |' '|---|---|---|---|---|---|' | tee "$folder/table.md"
+while read -r python torch detectron2; do
+  [ -n "$python" ] || continue
+  name=python$python-torch$torch-detectron2-$detectron2
+  log=$folder/$name.log
+  rm -rf "${folder:?}/$name"
+  git clone -q "$source" "$folder/$name"
+  cd "$folder/$name"
+  cells="$python | $torch | "
+  if install < /dev/null > "$log" 2>&1 && cells=$(versions 2>> "$log"); then
+    .venv/bin/python -m pytest -q "$@" < /dev/null >> "$log" 2>&1 || status=1
+    result=$(tail -1 "$log")
+  else
+    status=1 result="not installed, see $name.log"
+  fi
+  echo "| $(date +%F) | $cells | $detectron2 | $result |" | tee -a "$folder/table.md"
 done <<< "$MATRIX"
-echo "$summary"
+exit $status
