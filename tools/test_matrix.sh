@@ -48,7 +48,7 @@ while read -r python torch detectron2; do
   cells="$python | $torch | "
   if install < /dev/null > "$log" 2>&1 && cells=$(versions 2>> "$log"); then
     .venv/bin/python -m pytest -q "$@" < /dev/null >> "$log" 2>&1 || status=1
-    result=$(tail -1 "$log")
+    result=$(tail -1 "$log" | grep -E ' in [0-9.]+s') || result="ended early, see $name.log"
   else
     status=1 result="not installed, see $name.log"
   fi

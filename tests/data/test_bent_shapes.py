@@ -145,9 +145,9 @@ def test_splits_share_no_seed():
 
 
 def test_tiny_split_is_valid_coco_and_quick(root):
-    start = time.monotonic()
+    start = time.process_time()  # not the clock's, which goes on while others have the processor
     json_file, image_root = ensure_generated(TRAIN)
-    assert time.monotonic() - start < 5
+    assert time.process_time() - start < 5
     assert f"-v{generate.GENERATOR_VERSION}" in json_file and Path(json_file).is_relative_to(root)
 
     coco = COCO(json_file)
