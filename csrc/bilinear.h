@@ -69,8 +69,9 @@ struct AxisSample {
   scalar_t distance;  // to the low neighbour, in [0, 1)
 };
 
-// False, for nothing to add, more than `reach` pixels before the first or after the last pixel; so for NaN
-// and infinity.
+// The rule of RoIAlign, with a reach of 1, and of position-sensitive pooling, with one of 1/2: false, for nothing to
+// add, more than `reach` pixels before the first or after the last pixel and for NaN; otherwise the position is clamped
+// into the map.
 template <typename scalar_t, typename index_t>
 DCNV2_HOST_DEVICE bool clamp_to_axis(
     scalar_t position, index_t size, scalar_t reach, AxisSample<scalar_t, index_t>& axis) {

@@ -35,9 +35,8 @@ TORCH_LIBRARY(dcnv2_d2, m) {
   m.set_python_module("dcnv2_d2.ops._registrations");
   m.def("build_info() -> str", &build_info);
 
-  // input [N, C, H, W], offset [N, 2*G*kh*kw, Ho, Wo], weight [O, C/groups, kh, kw], bias [O], mask [N, G*kh*kw, Ho,
-  // Wo]
-  // -> [N, O, Ho, Wo]
+  // input [N, C, H, W], offset [N, 2*G*kh*kw, Ho, Wo], weight [O, C/groups, kh, kw], bias [O],
+  // mask [N, G*kh*kw, Ho, Wo] -> [N, O, Ho, Wo]
   m.def(
       "deform_conv2d(Tensor input, Tensor offset, Tensor weight, Tensor? bias, Tensor? mask, "
       "int[2] stride, int[2] padding, int[2] dilation) -> Tensor");

@@ -34,8 +34,9 @@ class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer with this package's optimizer and the evaluators of COCO-format data.
 
     With a SEED a run that is killed and resumed ends as one that was not: the random numbers of an iteration depend on
-    SEED and the iteration alone, those of an image on SEED and its place in the stream of images, and the resumed run
-    goes on where that stream was left. DATALOADER.NUM_WORKERS changes none of it.
+    SEED, the process and the iteration alone, those of an image on SEED, the process and its place in the stream of
+    images, and the resumed run goes on where that stream was left. DATALOADER.NUM_WORKERS changes none of it. A
+    PyTorch IterableDataset is the exception: it starts again.
     """
 
     @classmethod
@@ -69,7 +70,7 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED + comm.get_rank())  # Detectron2 0.6 seeds the sampler from NumPy's state
         options = _train_loader_from_config(cfg)
         records, grouped = options["dataset"], options["aspect_ratio_grouping"]
-        if options["sampler"] is None:  # Detectron2 main, of an IterableDataset: its order is its own
+        if options["sampler"] is None:  # Detectron2 main, of an IterableDataset: it starts again
             return build_detection_train_loader(**options)
         dataset = DatasetFromList(records, copy=False) if isinstance(records, list) else records
         stream = TrainingStream(

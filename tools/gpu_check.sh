@@ -26,7 +26,7 @@ step() {  # step <name> <seconds at most> <command...>: runs it, and notes how i
   printf '%-12s %-12s %4d s  %s\n' "$name" "$result" $((SECONDS - start)) "$(tail -1 "$out/$name.log" | cut -c1-90)" | tee -a "$summary"
 }
 
-$python -c 'import torch; assert torch.cuda.is_available(), "no GPU"' || exit 1
+"$python" -c 'import torch; assert torch.cuda.is_available(), "no GPU"' || exit 1
 step build 200 env FORCE_CUDA=1 "$python" setup.py -q build_ext --inplace --force
 ! grep -q FAILED "$summary" && "$python" -c '
 import torch
@@ -50,7 +50,7 @@ if command -v compute-sanitizer > /dev/null; then
 else
   echo "sanitizer    NOT RUN: no compute-sanitizer here" | tee -a "$summary"
 fi
-if $python -c 'import detectron2' 2> /dev/null; then
+if "$python" -c 'import detectron2' 2> /dev/null; then
   step training 75 "$python" train_net.py --config-file configs/quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml SOLVER.AMP.ENABLED True \
     DATASETS.TRAIN "('bent_shapes_tiny_train',)" DATASETS.TEST "('bent_shapes_tiny_val',)" \
     SOLVER.MAX_ITER 60 OUTPUT_DIR "$out/training"

@@ -162,20 +162,19 @@ struct PoolCall {
 
   int64_t elements_of(int64_t channels) const { return direct ? 0 : s.groups * s.pixels() * channels; }
 
-  // The channels first .. last - 1 of image n of `tensor`, which is laid out as the input; copied into `buffer`, if
-  // they are no rows.
-  Rows<const acc_t> rows(const at::Tensor& tensor, int64_t n, int64_t first, int64_t last, acc_t* buffer) const {
+  // The channels first .. last - 1 of image n of the input; copied into `buffer`, if they are no rows.
+  Rows<const acc_t> rows(int64_t n, int64_t first, int64_t last, acc_t* buffer) const {
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
-      if (direct) return {tensor.const_data_ptr<acc_t>() + n * s.pixels() * s.channels + first, s.channels};
+      if (direct) return {input.const_data_ptr<acc_t>() + n * s.pixels() * s.channels + first, s.channels};
     }
     for_each_plane(n, first, last, [&](int64_t at, int64_t place, int64_t channel_stride, int64_t pixel_stride) {
       to_channels_last(
-          buffer + place, tensor.const_data_ptr<scalar_t>() + at, s.pixels(), last - first, channel_stride,
+          buffer + place, input.const_data_ptr<scalar_t>() + at, s.pixels(), last - first, channel_stride,
           pixel_stride);
     });
     return {buffer, last - first};
   }
-  // The rows of a result, to be added to, and their way back
+  // The rows of a result that is laid out as the input, to be added to, and their way back
   Rows<acc_t> result_rows(const at::Tensor& tensor, int64_t n, int64_t first, int64_t last, acc_t* buffer) const {
     if constexpr (std::is_same_v<scalar_t, acc_t>) {
       if (direct) return {tensor.data_ptr<acc_t>() + n * s.pixels() * s.channels + first, s.channels};
@@ -233,7 +232,7 @@ at::Tensor pool_forward(
   for_each_block(s, block, [&](int64_t n, int64_t first, int64_t last) {
     const std::vector<int64_t>& chosen = call.boxes_of[n];
     if (chosen.empty()) return;
-    const Rows<const acc_t> map = call.rows(call.input, n, first, last, buffer.data_ptr<acc_t>());
+    const Rows<const acc_t> map = call.rows(n, first, last, buffer.data_ptr<acc_t>());
     at::parallel_for(0, chosen.size(), 1, [&](int64_t begin, int64_t end) {
       BinStencil<acc_t> stencil;
       const int64_t stride = straight ? s.channels : spaced(last - first);
@@ -303,7 +302,7 @@ PoolGradients pool_backward(
       const int64_t n = item / blocks, b = item % blocks, first = b * block, last = std::min(first + block, s.channels);
       Rows<const acc_t> map{nullptr, 0};
       Rows<acc_t> map_grad{nullptr, 0};
-      if (with_map) map = call.rows(call.input, n, first, last, map_buffer);
+      if (with_map && !call.boxes_of[n].empty()) map = call.rows(n, first, last, map_buffer);
       if (wanted[0]) map_grad = call.result_rows(input_grad, n, first, last, grad_buffer);
       const int64_t stride = with_map ? map.stride : map_grad.stride;
       acc_t* offset_sum = offset_sums.data_ptr<acc_t>() + b * offset_sums.size(1);

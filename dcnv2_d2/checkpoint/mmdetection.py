@@ -162,10 +162,8 @@ def _move_background_last(model):
     for name, tensor in model.items():
         if ".cls_score." in name:
             model[name] = tensor.roll(-1, 0)
-        elif (
-            re.search(r"\.mask_head(\.\d)?\.predictor\.", name) and len(tensor) > 1
-        ):  # 1: the same mask for every class
-            model[name] = tensor[1:]
+        elif re.search(r"\.mask_head(\.\d)?\.predictor\.", name):
+            model[name] = tensor[1:] if len(tensor) > 1 else tensor  # 1: the same mask for every class
         elif ".bbox_pred." in name and len(tensor) > 4:  # 4: the same deltas for every class
             model[name] = tensor[4:]
 

@@ -11,6 +11,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from torch.utils.data import Dataset
 
 SHOWN = 3  # examples of a problem
 MARGIN = 1.0  # pixels by which a box may leave its image: annotators round
@@ -57,6 +58,7 @@ def _caught(problems: Iterator[str]) -> Iterator[str]:
     try:
         yield from problems
     except Exception as error:
+        logging.getLogger(__name__).warning("A data set cannot be read", exc_info=True)
         yield f"cannot be read: {type(error).__name__}: {error}"
 
 
@@ -78,6 +80,8 @@ def _class_problems(cfg, classes: dict[str, Sequence[str]]) -> Iterator[str]:
 def _problems(cfg, name: str, for_training: bool, classes: dict[str, Sequence[str]]) -> Iterator[str]:
     """Adds the data set's classes to `classes` if it has annotations."""
     records = DatasetCatalog.get(name)
+    if isinstance(records, Dataset):  # PyTorch's own: reading it may decode every image, or never end
+        return
     yield from _without(["file_name"], records, records, "images")
     files = [os.fspath(record["file_name"]) for record in records if "file_name" in record]
     missing = [file for file in files if "://" not in file and not os.path.isfile(file)]

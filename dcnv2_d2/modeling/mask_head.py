@@ -5,6 +5,7 @@ from detectron2.config import configurable
 from detectron2.modeling import ROI_MASK_HEAD_REGISTRY
 from detectron2.modeling.roi_heads import BaseMaskRCNNHead, MaskRCNNConvUpsampleHead
 from torch import nn
+from torch.nn import functional as F
 
 
 @ROI_MASK_HEAD_REGISTRY.register()
@@ -31,5 +32,6 @@ class AveragedMaskHeads(BaseMaskRCNNHead, nn.ModuleList):
         return {"heads": heads, **super().from_config(cfg, input_shape)}
 
     def layers(self, x):
-        masks = torch.stack([head.layers(x).sigmoid() for head in self])
-        return masks.mean(0).logit(eps=1e-6)
+        masks = torch.stack([head.layers(x) for head in self])
+        # The logit of the mean probability, without probabilities, which round to 0 and 1 in half types
+        return F.logsigmoid(masks).logsumexp(0) - F.logsigmoid(-masks).logsumexp(0)

@@ -8,6 +8,7 @@ from operator import getitem
 from pathlib import Path
 
 import pytest
+import torch
 from dcnv2_d2 import load_config
 from dcnv2_d2.data.check import check_datasets
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -217,3 +218,15 @@ def test_no_class_names(by_hand):
     expected = "its metadata has no thing_classes, the names of the 2 classes"
     lines = message(by_hand(lambda records: None, classes=None)).splitlines()
     assert lines[1:] == [f"  good: {expected}", f"  by_hand: {expected}"]
+
+
+def test_data_sets_that_are_pytorchs_are_left_alone():
+    class Endless(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            raise AssertionError("read")
+
+    DatasetCatalog.register("endless", Endless)
+    try:
+        check_datasets(config("endless"))
+    finally:
+        DatasetCatalog.remove("endless")

@@ -15,6 +15,10 @@ def test_every_head_learns():
     heads = build_mask_head(cfg, ShapeSpec(channels=4, width=14, height=14))
     assert isinstance(heads, AveragedMaskHeads) and len(heads) == len(cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS)
     assert heads.layers(torch.randn(2, 4, 14, 14)).shape == (2, 80, 28, 28)
+    x = torch.randn(2, 4, 14, 14)
+    mean = torch.stack([head.layers(x).sigmoid() for head in heads]).mean(0)
+    torch.testing.assert_close(heads.layers(x).sigmoid(), mean)
+    assert heads.layers(1e4 * x).isfinite().all()
     masks = torch.zeros(1, 40, 40, dtype=torch.bool)
     masks[:, 5:30, 8:35] = True
     target = Instances((40, 40), proposal_boxes=Boxes(torch.tensor([[4.0, 4, 36, 36]])), gt_classes=torch.tensor([7]))
