@@ -30,7 +30,7 @@
 #define DCNV2_SIMD_SUM(...)
 #endif
 
-namespace dcnv2 {
+namespace dcnv2::cpu {
 
 // Asks for large pages under a large buffer that was just made: thousands of page faults fewer. Without effect
 // elsewhere.
@@ -113,4 +113,4 @@ void from_channels_last(
   });
 }
 
-}  // namespace dcnv2
+}  // namespace dcnv2::cpu

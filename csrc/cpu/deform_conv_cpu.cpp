@@ -18,7 +18,7 @@
 #include "cpu/channels_last.h"
 #include "deform_conv.h"
 
-namespace dcnv2 {
+namespace dcnv2::cpu {
 namespace {
 
 template <typename acc_t>
@@ -425,9 +425,9 @@ Gradients deform_conv2d_backward(
 }
 
 }  // namespace
-}  // namespace dcnv2
+}  // namespace dcnv2::cpu
 
 TORCH_LIBRARY_IMPL(dcnv2_d2, CPU, m) {
-  m.impl("deform_conv2d", &dcnv2::deform_conv2d);
-  m.impl("deform_conv2d_backward", &dcnv2::deform_conv2d_backward);
+  m.impl("deform_conv2d", &dcnv2::cpu::deform_conv2d);
+  m.impl("deform_conv2d_backward", &dcnv2::cpu::deform_conv2d_backward);
 }

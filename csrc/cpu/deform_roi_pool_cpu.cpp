@@ -5,7 +5,7 @@
 #include "cpu/roi_pool.h"
 #include "deform_roi_pool.h"
 
-namespace dcnv2 {
+namespace dcnv2::cpu {
 namespace {
 
 at::Tensor deform_roi_pool(
@@ -35,9 +35,9 @@ PoolGradients deform_roi_pool_backward(
 }
 
 }  // namespace
-}  // namespace dcnv2
+}  // namespace dcnv2::cpu
 
 TORCH_LIBRARY_IMPL(dcnv2_d2, CPU, m) {
-  m.impl("deform_roi_pool", &dcnv2::deform_roi_pool);
-  m.impl("deform_roi_pool_backward", &dcnv2::deform_roi_pool_backward);
+  m.impl("deform_roi_pool", &dcnv2::cpu::deform_roi_pool);
+  m.impl("deform_roi_pool_backward", &dcnv2::cpu::deform_roi_pool_backward);
 }

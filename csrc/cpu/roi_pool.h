@@ -18,7 +18,7 @@
 #include "cpu/channels_last.h"
 #include "roi_bins.h"
 
-namespace dcnv2 {
+namespace dcnv2::cpu {
 
 // Channels of one image, pixel by pixel: [groups * H * W] rows of channels, which begin `stride` elements apart.
 template <typename value_t>
@@ -355,4 +355,4 @@ PoolGradients pool_backward(
       wanted[2] ? mask_sums.sum(0).view(mask->sizes()).to(mask->scalar_type()) : none};
 }
 
-}  // namespace dcnv2
+}  // namespace dcnv2::cpu

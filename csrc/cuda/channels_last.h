@@ -14,7 +14,7 @@
 #include <limits>
 #include <type_traits>
 
-namespace dcnv2 {
+namespace dcnv2::cuda {
 
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
@@ -150,4 +150,4 @@ at::Tensor from_rows(const at::Tensor& rows, at::IntArrayRef sizes, at::MemoryFo
   return result;
 }
 
-}  // namespace dcnv2
+}  // namespace dcnv2::cuda

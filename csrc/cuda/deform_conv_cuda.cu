@@ -22,7 +22,7 @@
 #include "cuda/channels_last.h"
 #include "deform_conv.h"
 
-namespace dcnv2 {
+namespace dcnv2::cuda {
 namespace {
 
 // Bytes of columns: enough pixels to fill a large GPU. Not tuned yet (docs/gpu.md).
@@ -317,9 +317,9 @@ Gradients deform_conv2d_backward(
 }
 
 }  // namespace
-}  // namespace dcnv2
+}  // namespace dcnv2::cuda
 
 TORCH_LIBRARY_IMPL(dcnv2_d2, CUDA, m) {
-  m.impl("deform_conv2d", &dcnv2::deform_conv2d);
-  m.impl("deform_conv2d_backward", &dcnv2::deform_conv2d_backward);
+  m.impl("deform_conv2d", &dcnv2::cuda::deform_conv2d);
+  m.impl("deform_conv2d_backward", &dcnv2::cuda::deform_conv2d_backward);
 }

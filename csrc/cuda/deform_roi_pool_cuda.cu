@@ -5,7 +5,7 @@
 #include "cuda/roi_pool.h"
 #include "deform_roi_pool.h"
 
-namespace dcnv2 {
+namespace dcnv2::cuda {
 namespace {
 
 at::Tensor deform_roi_pool(
@@ -39,9 +39,9 @@ PoolGradients deform_roi_pool_backward(
 }
 
 }  // namespace
-}  // namespace dcnv2
+}  // namespace dcnv2::cuda
 
 TORCH_LIBRARY_IMPL(dcnv2_d2, CUDA, m) {
-  m.impl("deform_roi_pool", &dcnv2::deform_roi_pool);
-  m.impl("deform_roi_pool_backward", &dcnv2::deform_roi_pool_backward);
+  m.impl("deform_roi_pool", &dcnv2::cuda::deform_roi_pool);
+  m.impl("deform_roi_pool_backward", &dcnv2::cuda::deform_roi_pool_backward);
 }

@@ -17,7 +17,7 @@
 #include "cuda/channels_last.h"
 #include "roi_bins.h"
 
-namespace dcnv2 {
+namespace dcnv2::cuda {
 
 constexpr int kChunk = 16;  // samples an axis that are taken at once
 
@@ -321,4 +321,4 @@ PoolGradients pool_backward(
       wanted[2] ? mask_grad.to(mask->scalar_type()) : none};
 }
 
-}  // namespace dcnv2
+}  // namespace dcnv2::cuda

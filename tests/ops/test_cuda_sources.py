@@ -43,6 +43,13 @@ def test_host_functions_take_the_device_and_the_stream_of_the_input(source):
         assert guard < stream < function.index("<<<")
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_each_backend_has_a_namespace_of_its_own(backend):
+    # Both are linked into one module, where the linker keeps one of two templates of the same name and arguments.
+    for source in (SOURCES[0].parents[1] / backend).iterdir():
+        assert re.findall(r"^namespace (dcnv2\S*) {", source.read_text(), re.M) == [f"dcnv2::{backend}"], source.name
+
+
 @pytest.mark.skipif("CUDA" not in torch.ops.dcnv2_d2.build_info().split(", ")[-1], reason="built without CUDA")
 @pytest.mark.parametrize("name", [name for name in OPERATORS if name != "build_info"])
 def test_each_operator_has_a_cuda_kernel(name):
