@@ -16,24 +16,25 @@ HEADS = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.ROI_BOX_HEAD.FC_DIM", "64", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
     *("MODEL.RPN.POST_NMS_TOPK_TEST", "60"),
 ]
-# Exporting takes longest, so one model has all: mdpool in the box head, RoIAlign in the mask head.
 MDPOOL = [
     *("MODEL.ROI_HEADS.NAME", "DCNv2ROIHeads", "MODEL.ROI_BOX_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool"),
-    *("MODEL.DCNV2.MDPOOL_FC_DIMS", "[64, 64]"),
+    *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool", "MODEL.DCNV2.MDPOOL_FC_DIMS", "[64, 64]"),
 ]
+MODELS = {"faster mdconv": (FASTER, []), "mask mdconv mdpool": (MASK, MDPOOL)}
 SMALL = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
 # The first has more anchors on p2 than RPN.PRE_NMS_TOPK_TEST; the second is the smallest there may be.
 SIZES = [(160, 131), (65, 66)]
 
 
-@pytest.fixture(scope="module")
-def exported():
-    """ResNet-50 with FPN, mdconv and mdpool, and its program."""
+@pytest.fixture(scope="module", params=MODELS)
+def exported(request):
+    """ResNet-50 with FPN and mdconv, without and with mdpool in both heads, and its program."""
     torch.manual_seed(0)
-    model = make_model(MASK, *HEADS, *MDPOOL)
+    config, options = MODELS[request.param]
+    model = make_model(config, *HEADS, *options)
     layers = [type(m) for m in model.modules()]
     assert layers.count(ModulatedDeformConv2d) == 13
-    assert layers.count(ModulatedDeformRoIPool) == layers.count(ROIAlign) == 4
+    assert (layers.count(ModulatedDeformRoIPool), layers.count(ROIAlign)) == ((8, 0) if options else (0, 4))
     return model, export_detector(model)
 
 
@@ -73,7 +74,8 @@ def test_onnx_runtime(exported, tmp_path):
     path = tmp_path / "detector.onnx"
     export_onnx(program, path)
     session = onnxruntime.InferenceSession(path)
-    assert [o.name for o in session.get_outputs()] == ["boxes", "scores", "classes", "masks"]
+    names = ["boxes", "scores", "classes", "masks"]
+    assert [o.name for o in session.get_outputs()] == names[: 4 if model.roi_heads.mask_on else 3]
     for size in SIZES:
         image = make_image(*size)
         results = [torch.from_numpy(r) for r in session.run(None, {"image": image.numpy()})]
