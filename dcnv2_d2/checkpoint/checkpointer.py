@@ -16,6 +16,15 @@ class UnreadableCheckpoint(Exception):
     """A checkpoint that is not a checkpoint, or no longer."""
 
 
+def _read(reader, filename):
+    try:  # PyTorch reads .pth files with weights_only, which runs no code.
+        return reader(filename)
+    except (OSError, MemoryError):  # not the file's fault
+        raise
+    except Exception as e:
+        raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
+
+
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, for files that may be damaged, dangerous, or of a v1 model.
 
@@ -59,7 +68,7 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 if not self.path_manager.isfile(file):
                     raise UnreadableCheckpoint(f"checkpoint {file} does not exist")
-                self._load_file(file)
+                _read(super(DetectionCheckpointer, self)._load_file, file)  # Detectron2's own wants to be in `load`
                 return file
             except UnreadableCheckpoint as e:
                 logger.warning("%s; trying the one before it.", e)
@@ -71,12 +80,7 @@ class Checkpointer(DetectionCheckpointer):
         return super().load(path, *args, **kwargs)
 
     def _load_file(self, filename):
-        try:  # PyTorch reads .pth files with weights_only, which runs no code.
-            return super()._load_file(filename)
-        except (OSError, MemoryError):  # not the file's fault
-            raise
-        except Exception as e:
-            raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
+        return _read(super()._load_file, filename)
 
     def _load_model(self, checkpoint):
         for name, layer in self.model.named_modules():

@@ -88,16 +88,15 @@ class Detector(nn.Module):
         ):
             level_logits = level_logits[0].permute(1, 2, 0).flatten()
             level_deltas = level_deltas[0].view(-1, 4, *x.shape[2:]).permute(2, 3, 0, 1).reshape(-1, 4)
-            # Not a slice: the exporter would settle whether there are as many.
-            count = torch.sym_min(level_logits.shape[0], rpn.pre_nms_topk[False])
-            best = level_logits.argsort(descending=True).narrow(0, 0, count)
+            best = _first(level_logits.argsort(descending=True), rpn.pre_nms_topk[False])
             boxes.append(rpn.box2box_transform.apply_deltas(level_deltas[best], anchors[best]))
             scores.append(level_logits[best])
             levels.append(torch.full_like(best, level))
         boxes, scores, levels = _clip(torch.cat(boxes), size), torch.cat(scores), torch.cat(levels)
         keep = ((boxes[:, 2:] - boxes[:, :2]) > rpn.min_box_size).all(1).nonzero()[:, 0]
         boxes, scores, levels = boxes[keep], scores[keep], levels[keep]
-        return boxes[batched_nms(boxes, scores, levels, len(maps), rpn.nms_thresh)[: rpn.post_nms_topk[False]]]
+        keep = batched_nms(boxes, scores, levels, len(maps), rpn.nms_thresh)
+        return boxes[_first(keep, rpn.post_nms_topk[False])]
 
     def _detect(self, proposals, logits, deltas, size):
         predictor = self.model.roi_heads.box_predictor
@@ -108,8 +107,13 @@ class Detector(nn.Module):
         scores = scores[rows, classes]
         boxes = boxes[rows, classes] if boxes.shape[1] > 1 else boxes[rows, 0]
         keep = batched_nms(boxes, scores, classes, logits.shape[1] - 1, predictor.test_nms_thresh)
-        keep = keep[: predictor.test_topk_per_image]
+        keep = _first(keep, predictor.test_topk_per_image)
         return boxes[keep], scores[keep], classes[keep]
+
+
+def _first(indices, count):
+    """Not a slice: the exporter would have to settle whether there are as many."""
+    return indices.narrow(0, 0, torch.sym_min(indices.shape[0], count))
 
 
 class _Conv2d(Conv2d):

@@ -11,6 +11,7 @@ from dcnv2_d2 import compat, load_config
 from dcnv2_d2.data.check import check_datasets
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
+from detectron2.utils import comm
 from PIL import Image
 from torch import multiprocessing
 
@@ -44,6 +45,7 @@ def check(rank, folder, results):
     dist.init_process_group("gloo", f"file://{folder}/meeting", timedelta(seconds=TIMEOUT / 2), rank=rank, world_size=2)
     platform.node = lambda: f"host{rank}"
     for processes in (2, 1):  # of a machine
+        comm._LOCAL_PROCESS_GROUP = None  # Detectron2 makes it once
         compat.create_local_process_group(processes)
         for name, function in DATA.items():
             name, loaded = f"{name}{processes}", []

@@ -6,7 +6,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from dcnv2_d2.export import Detector, export_detector, export_onnx
+from dcnv2_d2.export import MIN_TORCH, Detector, export_detector, export_onnx
 from dcnv2_d2.layers import ModulatedDeformConv2d, ModulatedDeformRoIPool
 from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
@@ -26,6 +26,12 @@ SMALL = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
 SIZES = [(160, 131), (65, 66)]
 
 
+def export(model):
+    if torch.__version__ < MIN_TORCH:
+        pytest.skip(f"torch is older than {MIN_TORCH}")
+    return export_detector(model)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def exported(request):
     """ResNet-50 with FPN and mdconv, without and with mdpool in both heads, and its program."""
@@ -35,7 +41,7 @@ def exported(request):
     layers = [type(m) for m in model.modules()]
     assert layers.count(ModulatedDeformConv2d) == 13
     assert (layers.count(ModulatedDeformRoIPool), layers.count(ROIAlign)) == ((8, 0) if options else (0, 4))
-    return model, export_detector(model)
+    return model, export(model)
 
 
 def make_image(height, width):
@@ -87,7 +93,7 @@ def small():
     """A Mask R-CNN of one level, without padding to whole strides, mdpool in both heads, and its program."""
     torch.manual_seed(0)
     model = make_model(SMALL)
-    return model, export_detector(model)
+    return model, export(model)
 
 
 def assert_small(results, model, image):
@@ -107,6 +113,12 @@ def test_small_detector_from_a_file(small, tmp_path):
     parameters = dict(module.named_parameters())
     parameters["model.roi_heads.box_predictor.cls_score.bias"].data[-1] = 100.0  # all is background
     assert [len(r) for r in module(make_image(128, 128))] == [0, 0, 0, 0]
+
+
+def test_old_torch_is_refused(monkeypatch):
+    monkeypatch.setattr("dcnv2_d2.export.MIN_TORCH", "99.1")
+    with pytest.raises(RuntimeError, match="export_detector: torch must be 99.1 or later, got "):
+        export_detector(make_model(SMALL))
 
 
 def test_without_masks():
