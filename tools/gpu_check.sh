@@ -61,23 +61,26 @@ fi
 echo
 "$python" -m dcnv2_d2.collect_env 2> /dev/null | grep -E '^(PyTorch|GPU|dcnv2_d2._C loads)'
 echo
-# Of each table its row of fractions: best peer / ours and floor / ours, geometric means.
+# Of each table geometric means of: best peer / ours, F.conv2d / ours, floor / ours, and ours / fused, which decides whether the
+# fused kernel becomes what a forward pass of half types takes.
 "$python" - "$out/roofline.json" <<'END' | tee -a "$summary"
 import json, math, sys
 from pathlib import Path
 
 path = Path(sys.argv[1])
 if path.is_file():
-    print(f"{'geometric means':<58} peer / ours  conv2d / ours  floor / ours")
+    print(f"{'geometric means':<58} peer / ours  conv2d / ours  floor / ours  ours / fused")
     for title, records in json.loads(path.read_text())["tables"]:
-        sums = [0.0, 0.0, 0.0]
+        sums = [0.0] * 4
         for record in records:
             times = record["milliseconds"]
-            ours = min(ms for name, ms in times.items() if name.startswith("ours"))
-            peer = min(ms for name, ms in times.items() if not name.startswith(("ours", "F.conv2d")))
-            conv = min((ms for name, ms in times.items() if name.startswith("F.conv2d")), default=math.nan)
-            for i, ms in enumerate((peer, conv, record["floor"])):
-                sums[i] += math.log(ms / ours) / len(records)
+            best = {"ours": math.nan, "fused": math.nan, "F.conv2d": math.nan, "peer": math.nan}
+            for name, ms in times.items():
+                name = next((prefix for prefix in best if name.startswith(prefix)), "peer")
+                best[name] = min(ms, best[name])  # ms, if there is none yet
+            ours = best["ours"]
+            for i, ratio in enumerate((best["peer"] / ours, best["F.conv2d"] / ours, record["floor"] / ours, ours / best["fused"])):
+                sums[i] += math.log(ratio) / len(records)
         print(f"{title:<58} " + "  ".join(" " * 10 + "-" if math.isnan(s) else f"{math.exp(s):11.2f}" for s in sums))
 END
 ! grep -q FAILED "$summary"

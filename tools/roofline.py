@@ -13,6 +13,7 @@ import importlib
 import itertools
 import json
 import math
+import os
 import statistics
 import time
 from functools import partial
@@ -77,6 +78,15 @@ def peers_of_deform_conv2d():
     return found
 
 
+def fused(row, **inputs):
+    """Forward by the fused kernel, for the half types (docs/gpu.md)."""
+    os.environ["DCNV2_FUSED"] = "1"
+    try:
+        return ours(row, **inputs)
+    finally:
+        del os.environ["DCNV2_FUSED"]
+
+
 def last(operator):
     """The operator on a channels_last input, which is made so before the clock starts."""
     operator.__dict__["layout"] = torch.channels_last
@@ -90,6 +100,8 @@ OPERATORS = {
         {
             "ours": ours,
             "ours, channels_last": last(partial(ours)),
+            "fused": fused,
+            "fused, channels_last": last(partial(fused)),
             **peers_of_deform_conv2d(),
             "F.conv2d, channels_last": last(partial(plain)),
         },
@@ -157,6 +169,8 @@ def measure(calls, row, make, batch, dtype, backward, args):
 
 def table(operator, dtype, backward, batch, rates, args):
     rows, make, calls = OPERATORS[operator]
+    if dtype == "float32":
+        calls = {name: call for name, call in calls.items() if not name.startswith("fused")}
     title = f"{operator}, {'forward + backward' if backward else 'forward'}, {dtype}, batch {batch}"
     print(f"\n### {title}\n\n| row | {' | '.join(f'{name}, ms (MB)' for name in calls)} | best peer / ours | ", end="")
     print("TFLOP/s | GB/s | floor, ms | floor / ours |\n" + "|---" * (len(calls) + 6) + "|")
@@ -166,7 +180,7 @@ def table(operator, dtype, backward, batch, rates, args):
         measured = measure(calls, row, make, batch, dtype_, backward, args)
         operations, moved = work(row, make(row, batch, dtype_, args.device), backward)
         best = min(ms for name, (ms, _) in measured.items() if name.startswith("ours"))
-        peer = min(ms for name, (ms, _) in measured.items() if not name.startswith(("ours", "F.conv2d")))
+        peer = min(ms for name, (ms, _) in measured.items() if not name.startswith(("ours", "fused", "F.conv2d")))
         floor = 1e3 * max(operations / rates[dtype], moved / rates["copy"])
         cells = [f"{ms:.3f} ({peak / 1e6:.0f})" for ms, peak in measured.values()]
         cells += [f"{peer / best:.2f}", f"{operations / best / 1e9:.1f}", f"{moved / best / 1e6:.0f}"]

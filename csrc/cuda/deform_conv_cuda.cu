@@ -4,6 +4,7 @@
 // product of torch's own (cuBLAS) multiplies with the weights of every group; so memory beyond the results is bounded,
 // whatever the size of the image or the batch. A block of threads first computes the positions and the bilinear weights
 // of its samples, once for all channels; then neighbouring threads take neighbouring channels of each sample.
+// Forward in half types has a second way, fused_deform_conv.h, taken where the environment says DCNV2_FUSED=1.
 #include <ATen/Context.h>
 #include <ATen/autocast_mode.h>
 #include <ATen/core/Tensor.h>
@@ -16,10 +17,13 @@
 
 #include <algorithm>
 #include <array>
+#include <cstdlib>
+#include <string_view>
 #include <tuple>
 
 #include "bilinear.h"
 #include "cuda/channels_last.h"
+#include "cuda/fused_deform_conv.h"
 #include "deform_conv.h"
 
 namespace dcnv2::cuda {
@@ -167,7 +171,6 @@ struct Call {
   const at::Tensor offset;   // [N, 2 * G * taps, Ho, Wo], acc_t
   const at::Tensor mask;     // [N, G * taps, Ho, Wo], acc_t; may be undefined
   const at::Tensor weights;  // [groups, O / groups, taps * C / groups]
-  at::Tensor columns;        // the workspace
   int64_t rows, tile;        // output pixels in all, and of a tile
 
   static constexpr auto acc_type = c10::CppTypeToScalarType<acc_t>::value;
@@ -186,13 +189,14 @@ struct Call {
         rows(s.batch * s.out_pixels()) {
     const int64_t row_bytes = s.taps() * s.in_channels * static_cast<int64_t>(sizeof(scalar_t));
     tile = std::min(rows, std::max<int64_t>(kWorkspace / row_bytes, kPixels));
-    columns = at::empty({tile * s.taps() * s.in_channels}, input.options());
   }
 
-  // The columns of a tile [groups, pixels, taps * C / groups]
-  at::Tensor tile_columns(int64_t pixels) const {
+  at::Tensor workspace() const { return at::empty({tile * s.taps() * s.in_channels}, map.options()); }
+
+  // The columns of a tile [groups, pixels, taps * C / groups], in the workspace
+  at::Tensor tile_columns(const at::Tensor& workspace, int64_t pixels) const {
     const int64_t width = s.taps() * s.in_channels / s.groups;
-    return columns.narrow(0, 0, s.groups * pixels * width).view({s.groups, pixels, width});
+    return workspace.narrow(0, 0, s.groups * pixels * width).view({s.groups, pixels, width});
   }
 
   // The outputs of a tile [groups, pixels, O / groups], of `all` [N, Ho * Wo, O]
@@ -216,6 +220,12 @@ struct Call {
   }
 };
 
+// Off unless asked for, until measured (docs/gpu.md).
+bool wants_fused() {
+  const char* value = std::getenv("DCNV2_FUSED");
+  return value && std::string_view(value) == "1";
+}
+
 template <typename scalar_t, typename acc_t>
 at::Tensor forward(
     const DeformConvShape& s, const at::Tensor& input, const at::Tensor& offset, const at::Tensor& weight,
@@ -224,21 +234,35 @@ at::Tensor forward(
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const Call<scalar_t, acc_t> call(s, input, offset, weight, mask);
   const at::Tensor output = at::empty({s.batch, s.out_pixels(), s.out_channels}, input.options());
+  const auto result = [&] {
+    return from_rows<scalar_t, scalar_t>(
+        output, {s.batch, s.out_channels, s.out_height, s.out_width}, input.suggest_memory_format());
+  };
+  if constexpr (!std::is_same_v<scalar_t, acc_t>) {
+    const at::Tensor added = bias.has_value() ? bias->contiguous() : at::Tensor();
+    if (wants_fused() && can_fuse(s, call.map, call.weights, added)) {
+      fused_forward<scalar_t>(
+          output, s, call.map.template const_data_ptr<scalar_t>(), call.offset.template const_data_ptr<acc_t>(),
+          call.mask_data(), call.weights.template const_data_ptr<scalar_t>(),
+          added.defined() ? added.const_data_ptr<scalar_t>() : nullptr);
+      return result();
+    }
+  }
+  const at::Tensor workspace = call.workspace();
   if (bias.has_value()) output.copy_(bias->expand_as(output));
   for (int64_t first = 0; first < call.rows; first += call.tile) {
     const int64_t pixels = std::min(call.tile, call.rows - first);
     call.launch(pixels, [&](auto vec, unsigned grid, dim3 block) {
       sample_columns_kernel<vec(), scalar_t, acc_t><<<grid, block, 0, stream>>>(
-          call.columns.template data_ptr<scalar_t>(), call.map.template const_data_ptr<scalar_t>(),
+          workspace.data_ptr<scalar_t>(), call.map.template const_data_ptr<scalar_t>(),
           call.offset.template const_data_ptr<acc_t>(), call.mask_data(), s, first, pixels);
       C10_CUDA_KERNEL_LAUNCH_CHECK();
     });
     // Without a bias the output holds nothing yet, and is not read.
     call.tile_outputs(output, first, pixels)
-        .baddbmm_(call.tile_columns(pixels), call.weights.transpose(1, 2), bias.has_value() ? 1 : 0);
+        .baddbmm_(call.tile_columns(workspace, pixels), call.weights.transpose(1, 2), bias.has_value() ? 1 : 0);
   }
-  return from_rows<scalar_t, scalar_t>(
-      output, {s.batch, s.out_channels, s.out_height, s.out_width}, input.suggest_memory_format());
+  return result();
 }
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
@@ -258,14 +282,15 @@ Gradients backward(
   const bool wants_mask = wanted[3] && mask.has_value();
   const at::Tensor mask_grad = wants_mask ? at::empty_like(call.mask) : none;
   const at::Tensor weights_grad = wanted[2] ? at::zeros(call.weights.sizes(), acc_options) : none;
+  const at::Tensor workspace = call.workspace();
   for (int64_t first = 0; first < call.rows; first += call.tile) {
     const int64_t pixels = std::min(call.tile, call.rows - first);
     const at::Tensor tile_grad = call.tile_outputs(grad, first, pixels);
-    at::Tensor columns = call.tile_columns(pixels);
+    at::Tensor columns = call.tile_columns(workspace, pixels);
     at::bmm_out(columns, tile_grad, call.weights);
     call.launch(pixels, [&](auto vec, unsigned grid, dim3 block) {
       backward_columns_kernel<vec(), scalar_t, acc_t><<<grid, block, 0, stream>>>(
-          call.columns.template data_ptr<scalar_t>(), wanted[0] ? map_grad.data_ptr<acc_t>() : nullptr,
+          workspace.data_ptr<scalar_t>(), wanted[0] ? map_grad.data_ptr<acc_t>() : nullptr,
           offset_grad.data_ptr<acc_t>(), wants_mask ? mask_grad.data_ptr<acc_t>() : nullptr,
           call.map.template const_data_ptr<scalar_t>(), call.offset.template const_data_ptr<acc_t>(), call.mask_data(),
           s, first, pixels, wanted[2]);

@@ -32,9 +32,10 @@ SMALLER = {
 
 
 def translate(text):
-    text, launches = re.subn(r"(\w+_kernel<[^;]*?>)<<<([^;]*?), 0, stream>>>\(", r"emulated::launch(\2, \1)(", text)
+    text, launches = re.subn(r"(\w+_kernel<[^;]*?>)<<<([^;]*?), \w+, stream>>>\(", r"emulated::launch(\2, \1)(", text)
     assert launches == text.count("C10_CUDA_KERNEL_LAUNCH_CHECK()")
     text = re.sub(r"#include <c10/cuda/\w+\.h>", '#include "emulated_cuda.h"', text)
+    text = re.sub(r"extern __shared__ __align__\((\d+)\) (.*?)\[\]", r"alignas(\1) static \2[227 << 10]", text)
     return text.replace("TORCH_LIBRARY_IMPL(dcnv2_d2, CUDA, m)", "TORCH_LIBRARY_IMPL(dcnv2_d2_emulated, CPU, m)")
 
 
@@ -54,6 +55,7 @@ def emulated(tmp_path_factory):
                 text = text.replace(old, new)
         (folder / "cuda" / source.name).write_text(text)
     assert seen == set(SMALLER)
+    shutil.copy(Path(__file__).with_name("emulated_matrix_unit.h"), folder / "cuda" / "matrix_unit.h")
     schemas = (CSRC / "library.cpp").read_text()
     schemas = schemas.replace("TORCH_LIBRARY(dcnv2_d2, m)", "TORCH_LIBRARY(dcnv2_d2_emulated, m)")
     schemas = re.sub(r"m\.set_python_module\(.*?\);", "", schemas)
@@ -167,10 +169,57 @@ def test_deform_conv2d_gives_what_is_wanted(run):
         compare(run, "deform_conv2d", arguments, torch.contiguous_format, wanted=list(wanted))
 
 
+# The fused kernel: channels that are, and are not, what it takes.
+FUSED = [
+    {"c": 32, "o": 8, "h": 6, "w": 5},
+    {"n": 1, "c": 64, "o": 136, "h": 9, "w": 8, "offset_groups": 2, "mask": False},
+    {"n": 1, "c": 96, "o": 24, "groups": 3, "h": 9, "w": 13, "bias": False, **UNEQUAL},
+    {"n": 1, "c": 128, "o": 400, "groups": 2, "offset_groups": 1, "h": 5, "w": 4, "kernel": 1, "padding": 0},
+    {"n": 0, "c": 32, "o": 8},
+    {"c": 40, "o": 8, "h": 6, "w": 5},
+]
+
+
+@pytest.mark.parametrize("memory_format", FORMATS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", FUSED, ids=str)
+def test_fused_deform_conv2d(run, monkeypatch, config, dtype, memory_format):
+    monkeypatch.setenv("DCNV2_FUSED", "1")
+    tensors, geometry = deform_conv2d_inputs(**config, dtype=dtype, offset_dtype=torch.float32)
+    compare(run, "deform_conv2d", conv_arguments(tensors, geometry), memory_format)
+
+
+@pytest.mark.parametrize(
+    "config, fused, columns",
+    [
+        ({"dtype": torch.bfloat16}, None, True),
+        ({"dtype": torch.bfloat16}, "0", True),
+        ({"dtype": torch.bfloat16}, "1", False),
+        ({"dtype": torch.float32}, "1", True),
+        ({"dtype": torch.bfloat16, "offset_groups": 4}, "1", True),
+        ({"dtype": torch.bfloat16, "groups": 4}, "1", True),
+        ({"dtype": torch.bfloat16, "o": 12}, "1", True),
+    ],
+    ids=str,
+)
+def test_fused_deform_conv2d_is_taken_where_wanted_and_possible(run, monkeypatch, config, fused, columns):
+    monkeypatch.delenv("DCNV2_FUSED", raising=False)
+    if fused:
+        monkeypatch.setenv("DCNV2_FUSED", fused)
+    arguments = conv_arguments(*deform_conv2d_inputs(n=1, c=64, h=5, w=4, offset_dtype=torch.float32, **config))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run("deform_conv2d", arguments)
+    assert columns == any(event.name == "aten::baddbmm_" for event in profile.events())
+
+
+@pytest.mark.parametrize("fused", ["0", "1"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_deform_conv2d_awkward_values(run, dtype):
+def test_deform_conv2d_awkward_values(run, monkeypatch, dtype, fused):
+    monkeypatch.setenv("DCNV2_FUSED", fused)
+    config = {"n": 1, "c": 64, "h": 7, "w": 9, "offset_groups": 2, "dtype": dtype, "offset_dtype": offset_dtype(dtype)}
+
     def fresh():
-        return deform_conv2d_inputs(n=1, c=16, h=7, w=9, offset_groups=2, dtype=dtype, offset_dtype=offset_dtype(dtype))
+        return deform_conv2d_inputs(**config)
 
     tensors, geometry = fresh()
     tensors["offset"].view(-1)[::3] = torch.tensor([NAN, INF, -INF, 1e20, -1e20, -1, 3, 0]).repeat(95)[:756]
@@ -180,7 +229,7 @@ def test_deform_conv2d_awkward_values(run, dtype):
     tensors["offset"].round_()
     compare(run, "deform_conv2d", conv_arguments(tensors, geometry), torch.channels_last)
     tensors, geometry = fresh()  # channel vectors that do not begin at a multiple of 16 bytes
-    nhwc = torch.empty(tensors["input"].numel() + 3, dtype=dtype)[3:].view(1, 7, 9, 16)
+    nhwc = torch.empty(tensors["input"].numel() + 3, dtype=dtype)[3:].view(1, 7, 9, 64)
     tensors["input"] = nhwc.permute(0, 3, 1, 2).copy_(tensors["input"])
     compare(run, "deform_conv2d", conv_arguments(tensors, geometry), torch.channels_last)
 

@@ -54,6 +54,21 @@ def test_deform_conv2d_of_several_tiles(dtype):
     assert_all_near({k: t.cpu() for k, t in actual.items()}, expected, 10 * TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fused_deform_conv2d_of_a_layer_has_no_columns(monkeypatch, dtype):
+    tensors, geometry = deform_conv2d_inputs(c=256, o=256, h=50, w=84, dtype=dtype, offset_dtype=torch.float32)
+    tensors = {k: t.cuda() for k, t in tensors.items()}
+    tensors["input"] = tensors["input"].contiguous(memory_format=torch.channels_last)
+    expected = deform_conv2d(**tensors, **geometry)
+    monkeypatch.setenv("DCNV2_FUSED", "1")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    actual = deform_conv2d(**tensors, **geometry)
+    # The output, and the weights in another order.
+    assert torch.cuda.max_memory_allocated() - before < 1.5 * (actual.nbytes + tensors["weight"].nbytes)
+    assert_near(actual, expected, TOLERANCE[dtype])
+
+
 # More than 2**31 elements.
 
 
