@@ -29,6 +29,13 @@ inline void check_sizes(
       t.sizes() == expected, op, ": ", name, " must have the shape ", expected, " (", meaning, "), got ", t.sizes());
 }
 
+inline void check_grad(
+    const char* op, const at::Tensor& grad, const at::Tensor& input, at::IntArrayRef expected, const char* meaning) {
+  check_same_device(op, grad, input, "grad");
+  check_same_dtype(op, grad, input, "grad");
+  check_sizes(op, grad, expected, "grad", meaning);
+}
+
 // Calls fn(scalar, accumulator) with a zero of each type.
 template <typename fn_t>
 auto dispatch(const char* op, at::ScalarType type, const fn_t& fn) {

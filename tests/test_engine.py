@@ -176,11 +176,13 @@ def test_resume_takes_the_last(saved):
     assert sorted(p.name for p in saved.iterdir()) == ["last_checkpoint", *(f"model_{i}.pth" for i in range(3))]
 
 
-@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "missing"])
+@pytest.mark.parametrize("damage", ["truncate", "empty", "garbage", "list", "missing"])
 def test_resume_passes_over_an_unreadable_checkpoint(saved, damage, caplog):
     last = saved / "model_2.pth"
     content = last.read_bytes()
     last.write_bytes({"truncate": content[: len(content) // 2], "garbage": b"\x80" * 99}.get(damage, b""))
+    if damage == "list":
+        torch.save([1], last)
     if damage == "missing":
         last.unlink()
     assert resume(saved) == 1

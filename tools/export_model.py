@@ -60,7 +60,7 @@ def main():
             export_onnx(program, args.output, args.opset)
         else:
             torch.export.save(program, args.output)
-    except (ValueError, RuntimeError, ImportError) as error:
+    except (ValueError, ImportError) as error:
         parser.exit(1, f"{error}\n")
     print(f"{args.output}: {args.output.stat().st_size / 2**20:.0f} MiB")
 

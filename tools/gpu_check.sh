@@ -40,7 +40,7 @@ workers=$("$python" -c 'import xdist' 2> /dev/null && echo "-n 8 --dist loadfile
 step tests 200 "$python" -m pytest -q -p no:cacheprovider --tb=short $workers tests/ops -k "cuda and not compiles and not cpu"
 step roofline 120 "$python" tools/roofline.py --output "$out" --repeats 9
 if command -v compute-sanitizer > /dev/null; then
-  some='test_cuda.py and cuda and (float32 and channels_last or awkward) and not cpu'
+  some='test_cuda.py and cuda and (float32 and channels_last or awkward or fused) and not cpu'
   for tool in memcheck racecheck; do
     # Without the caching allocator, in whose blocks tensors lie side by side; our kernels only, not the libraries'.
     step $tool 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
@@ -69,7 +69,8 @@ from pathlib import Path
 
 path = Path(sys.argv[1])
 if path.is_file():
-    print(f"{'geometric means':<58} peer / ours  conv2d / ours  floor / ours  ours / fused")
+    heads = ("peer / ours", "conv2d / ours", "floor / ours", "ours / fused")
+    print(f"{'geometric means':<58} " + " ".join(f"{head:>13}" for head in heads))
     for title, records in json.loads(path.read_text())["tables"]:
         sums = [0.0] * 4
         for record in records:
@@ -81,6 +82,6 @@ if path.is_file():
             ours = best["ours"]
             for i, ratio in enumerate((best["peer"] / ours, best["F.conv2d"] / ours, record["floor"] / ours, ours / best["fused"])):
                 sums[i] += math.log(ratio) / len(records)
-        print(f"{title:<58} " + "  ".join(" " * 10 + "-" if math.isnan(s) else f"{math.exp(s):11.2f}" for s in sums))
+        print(f"{title:<58} " + " ".join("-".rjust(13) if math.isnan(s) else f"{math.exp(s):13.2f}" for s in sums))
 END
 ! grep -q FAILED "$summary"

@@ -169,7 +169,7 @@ def measure(calls, row, make, batch, dtype, backward, args):
 
 def table(operator, dtype, backward, batch, rates, args):
     rows, make, calls = OPERATORS[operator]
-    if dtype == "float32":
+    if dtype == "float32" or args.device == "cpu" or torch.cuda.get_device_capability() < (8, 0):
         calls = {name: call for name, call in calls.items() if not name.startswith("fused")}
     title = f"{operator}, {'forward + backward' if backward else 'forward'}, {dtype}, batch {batch}"
     print(f"\n### {title}\n\n| row | {' | '.join(f'{name}, ms (MB)' for name in calls)} | best peer / ours | ", end="")
@@ -221,6 +221,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output", type=Path, help="folder for roofline.json and roofline.png")
     args = parser.parse_args()
+    os.environ.pop("DCNV2_FUSED", None)
     name = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     rates = {dtype: matmul_rate(getattr(torch, dtype), args.device) for dtype in args.dtypes}
     rates["copy"] = copy_rate(args.device)

@@ -416,8 +416,7 @@ Gradients deform_conv2d_backward(
     const std::optional<at::Tensor>& mask, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     std::array<bool, 4> wanted) {
   const DeformConvShape s = check_deform_conv(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
-  check_same_dtype("deform_conv2d", grad, input, "grad");
-  check_sizes("deform_conv2d", grad, {s.batch, s.out_channels, s.out_height, s.out_width}, "grad", "[N, O, Ho, Wo]");
+  check_grad("deform_conv2d", grad, input, {s.batch, s.out_channels, s.out_height, s.out_width}, "[N, O, Ho, Wo]");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return dispatch(input.scalar_type(), [&](auto scalar, auto acc, auto column) {
     return backward<decltype(scalar), decltype(acc), decltype(column)>(s, grad, input, offset, weight, mask, wanted);

@@ -24,13 +24,13 @@ PoolGradients deform_ps_roi_pool_backward(
     const at::Tensor& grad, const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
     const std::optional<at::Tensor>& mask, at::IntArrayRef output_size, double spatial_scale, int64_t sampling_ratio,
     double gamma, int64_t group_size, std::array<bool, 3> wanted) {
-  constexpr const char* op = "deform_ps_roi_pool";
   const DeformPSRoIPoolShape s = check_deform_ps_roi_pool(
       input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma, group_size);
-  check_same_dtype(op, grad, input, "grad");
-  check_sizes(op, grad, {s.boxes, s.out_channels(), s.pooled_h, s.pooled_w}, "grad", "[K, C / group_size**2, Ph, Pw]");
+  check_grad(
+      "deform_ps_roi_pool", grad, input, {s.boxes, s.out_channels(), s.pooled_h, s.pooled_w},
+      "[K, C / group_size**2, Ph, Pw]");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return dispatch(op, input.scalar_type(), [&](auto scalar, auto acc) {
+  return dispatch("deform_ps_roi_pool", input.scalar_type(), [&](auto scalar, auto acc) {
     return pool_backward<decltype(scalar), decltype(acc)>(s, grad, input, boxes, offset, mask, wanted);
   });
 }

@@ -26,8 +26,7 @@ PoolGradients deform_roi_pool_backward(
     double gamma, std::array<bool, 3> wanted) {
   const DeformRoIPoolShape s =
       check_deform_roi_pool(input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  check_same_dtype("deform_roi_pool", grad, input, "grad");
-  check_sizes("deform_roi_pool", grad, {s.boxes, s.channels, s.pooled_h, s.pooled_w}, "grad", "[K, C, Ph, Pw]");
+  check_grad("deform_roi_pool", grad, input, {s.boxes, s.channels, s.pooled_h, s.pooled_w}, "[K, C, Ph, Pw]");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   return dispatch("deform_roi_pool", input.scalar_type(), [&](auto scalar, auto acc) {
     return pool_backward<decltype(scalar), decltype(acc)>(s, grad, input, boxes, offset, mask, wanted);

@@ -240,7 +240,7 @@ at::Tensor forward(
   };
   if constexpr (!std::is_same_v<scalar_t, acc_t>) {
     const at::Tensor added = bias.has_value() ? bias->contiguous() : at::Tensor();
-    if (wants_fused() && can_fuse(s, call.map, call.weights, added)) {
+    if (wants_fused() && can_fuse<scalar_t>(s, call.map, call.weights, added)) {
       fused_forward<scalar_t>(
           output, s, call.map.template const_data_ptr<scalar_t>(), call.offset.template const_data_ptr<acc_t>(),
           call.mask_data(), call.weights.template const_data_ptr<scalar_t>(),
@@ -330,9 +330,7 @@ Gradients deform_conv2d_backward(
     const std::optional<at::Tensor>& mask, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation,
     std::array<bool, 4> wanted) {
   const DeformConvShape s = check_deform_conv(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
-  check_same_device("deform_conv2d", grad, input, "grad");
-  check_same_dtype("deform_conv2d", grad, input, "grad");
-  check_sizes("deform_conv2d", grad, {s.batch, s.out_channels, s.out_height, s.out_width}, "grad", "[N, O, Ho, Wo]");
+  check_grad("deform_conv2d", grad, input, {s.batch, s.out_channels, s.out_height, s.out_width}, "[N, O, Ho, Wo]");
   // The gradient of the input is summed by atomics; the others have one order of summation.
   if (wanted[0]) at::globalContext().alertNotDeterministic("deform_conv2d_backward_cuda");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);

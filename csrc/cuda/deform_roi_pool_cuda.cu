@@ -24,16 +24,13 @@ PoolGradients deform_roi_pool_backward(
     const at::Tensor& grad, const at::Tensor& input, const at::Tensor& boxes, const std::optional<at::Tensor>& offset,
     const std::optional<at::Tensor>& mask, at::IntArrayRef output_size, double spatial_scale, int64_t sampling_ratio,
     double gamma, std::array<bool, 3> wanted) {
-  constexpr const char* op = "deform_roi_pool";
   const DeformRoIPoolShape s =
       check_deform_roi_pool(input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma);
-  check_same_device(op, grad, input, "grad");
-  check_same_dtype(op, grad, input, "grad");
-  check_sizes(op, grad, {s.boxes, s.channels, s.pooled_h, s.pooled_w}, "grad", "[K, C, Ph, Pw]");
+  check_grad("deform_roi_pool", grad, input, {s.boxes, s.channels, s.pooled_h, s.pooled_w}, "[K, C, Ph, Pw]");
   // The gradient of the input is summed by atomics; each element of the others is the sum of one warp.
   if (wanted[0]) at::globalContext().alertNotDeterministic("deform_roi_pool_backward_cuda");
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return dispatch(op, input.scalar_type(), [&](auto scalar, auto acc) {
+  return dispatch("deform_roi_pool", input.scalar_type(), [&](auto scalar, auto acc) {
     return pool_backward<decltype(scalar), decltype(acc)>(s, grad, input, boxes, offset, mask, wanted);
   });
 }

@@ -11,6 +11,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include <algorithm>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -21,7 +22,7 @@
 namespace dcnv2::cuda {
 
 constexpr int kTilePixels = 64, kDepth = 32;
-constexpr int kRowSize = kDepth + 8;  // in shared memory: eight rows that are read together lie in different banks
+constexpr int kRowSize = kDepth + 8;  // in shared memory: eight rows that load_matrices reads lie in different banks
 constexpr int kHalves = 8;            // in 16 bytes
 static_assert(kThreads == kTilePixels * kDepth / kHalves, "each thread samples one vector");
 
@@ -46,10 +47,10 @@ __global__ void __launch_bounds__(kThreads, 256 / outputs) fused_kernel(
 
   // The tile, and what of its columns and weights this thread fetches: a vector of a row, `place` channels into it.
   const int group_outputs = s.out_channels / s.groups, across = (group_outputs + outputs - 1) / outputs;
-  const int tiles = s.groups * across, group = blockIdx.x % tiles / across;
+  const int strips = s.groups * across, group = blockIdx.x % strips / across;
   const int first_output = blockIdx.x % across * outputs, thread = threadIdx.x;
   const int line = thread / (kDepth / kHalves), place = thread % (kDepth / kHalves) * kHalves;
-  const int64_t first_row = static_cast<int64_t>(blockIdx.x / tiles) * kTilePixels, rows = s.batch * s.out_pixels();
+  const int64_t first_row = static_cast<int64_t>(blockIdx.x / strips) * kTilePixels, rows = s.batch * s.out_pixels();
   const bool exists = first_row + line < rows;
   const int image = (first_row + line) / s.out_pixels(), pixel = (first_row + line) % s.out_pixels();
 
@@ -96,13 +97,13 @@ __global__ void __launch_bounds__(kThreads, 256 / outputs) fused_kernel(
     if (channel == end_channel) channel = first_channel, ++tap;
   };
   const auto put = [&](int stage) {
-    float column[kHalves];
+    float column[kHalves] = {};
 #pragma unroll
-    for (int e = 0; e < kHalves; ++e) {
-      column[e] = 0;
+    for (int n = 0; n < 4; ++n) {
+      scalar_t halves[kHalves];
+      std::memcpy(halves, &values[n], sizeof(halves));
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
-        column[e] += sample_weights[n] * static_cast<float>(reinterpret_cast<const scalar_t*>(&values[n])[e]);
+      for (int e = 0; e < kHalves; ++e) column[e] += sample_weights[n] * static_cast<float>(halves[e]);
     }
     store(&tile.columns[stage][line][place], column);
 #pragma unroll
@@ -169,17 +170,19 @@ __global__ void __launch_bounds__(kThreads, 256 / outputs) fused_kernel(
 }
 
 // Whether the kernel can take a call. `map` and `weights` are those of the kernel, the bias has O elements.
-inline bool can_fuse(
-    const DeformConvShape& s, const at::Tensor& map, const at::Tensor& weights, const at::Tensor& bias) {
+template <typename scalar_t>
+bool can_fuse(const DeformConvShape& s, const at::Tensor& map, const at::Tensor& weights, const at::Tensor& bias) {
   const auto aligned = [](const at::Tensor& t) {
     return !t.defined() || reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 16 == 0;
   };
-  int major = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, map.get_device()));
-  return major >= 8 && s.in_channels / s.groups % kDepth == 0 && s.in_channels / s.offset_groups % kDepth == 0 &&
-         s.out_channels / s.groups % kHalves == 0 && s.taps() * s.in_channels < std::numeric_limits<int>::max() &&
-         std::max(s.out_channels, s.out_pixels()) < std::numeric_limits<int>::max() && aligned(map) &&
-         aligned(weights) && aligned(bias);
+  // Not the GPU's own capability: it may run what was compiled for an older one.
+  cudaFuncAttributes compiled;
+  C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, fused_kernel<128, scalar_t>));
+  return compiled.ptxVersion >= 80 && s.in_channels / s.groups % kDepth == 0 &&
+         s.in_channels / s.offset_groups % kDepth == 0 && s.out_channels / s.groups % kHalves == 0 &&
+         std::max({s.batch, s.taps() * s.in_channels, s.out_channels, s.out_pixels()}) <
+             std::numeric_limits<int>::max() &&
+         aligned(map) && aligned(weights) && aligned(bias);
 }
 
 template <typename scalar_t>

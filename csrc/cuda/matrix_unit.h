@@ -17,6 +17,8 @@ __device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
                : "memory");
+#else
+  __trap();
 #endif
 }
 
@@ -34,7 +36,7 @@ __device__ __forceinline__ void multiply_add(float (&d)[4], const uint32_t (&a)[
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                       \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
 #else
-#define DCNV2_MULTIPLY_ADD(type)
+#define DCNV2_MULTIPLY_ADD(type) __trap()
 #endif
 
 template <>

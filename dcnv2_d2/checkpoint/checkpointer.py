@@ -68,11 +68,18 @@ class Checkpointer(DetectionCheckpointer):
             try:
                 if not self.path_manager.isfile(file):
                     raise UnreadableCheckpoint(f"checkpoint {file} does not exist")
-                _read(super(DetectionCheckpointer, self)._load_file, file)  # Detectron2's own wants to be in `load`
+                self._try(file)
                 return file
             except UnreadableCheckpoint as e:
                 logger.warning("%s; trying the one before it.", e)
         return None
+
+    def _try(self, file):
+        # Detectron2 main's reader of .pth files asserts that it runs inside of load.
+        pth = file.endswith(".pth")
+        content = _read(super(DetectionCheckpointer, self)._load_file, file) if pth else self._load_file(file)
+        if not isinstance(content, dict):
+            raise UnreadableCheckpoint(f"checkpoint {file} does not hold a dictionary")
 
     def load(self, path, *args, **kwargs):
         if path and path.endswith(".pkl") and not path.startswith("detectron2://"):

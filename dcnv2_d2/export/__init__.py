@@ -22,11 +22,11 @@ def export_detector(model) -> ExportedProgram:
 
     Raises:
         ValueError: the model is another kind of detector.
-        RuntimeError: PyTorch is older than 2.8, whose torch.export cannot follow a detector at any image size.
+        ImportError: PyTorch is older than 2.8, whose torch.export cannot follow a detector at any image size.
     """
     detector = Detector(model)
-    if torch.__version__ < MIN_TORCH:
-        raise RuntimeError(f"export_detector: torch must be {MIN_TORCH} or later, got {torch.__version__}")
+    if torch.__version__ < f"{MIN_TORCH}.0a0":
+        raise ImportError(f"export_detector: torch must be {MIN_TORCH} or later, got {torch.__version__}")
     image: Tensor = torch.zeros((3, 224, 320), device=model.device)
     sizes = {1: Dim("height", min=MIN_SIZE, max=MAX_SIZE), 2: Dim("width", min=MIN_SIZE, max=MAX_SIZE)}
     return torch.export.export(detector, (image,), dynamic_shapes={"image": sizes}, strict=False)

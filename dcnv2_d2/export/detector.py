@@ -107,12 +107,13 @@ class Detector(nn.Module):
         scores = scores[rows, classes]
         boxes = boxes[rows, classes] if boxes.shape[1] > 1 else boxes[rows, 0]
         keep = batched_nms(boxes, scores, classes, logits.shape[1] - 1, predictor.test_nms_thresh)
-        keep = _first(keep, predictor.test_topk_per_image)
+        if predictor.test_topk_per_image >= 0:
+            keep = _first(keep, predictor.test_topk_per_image)
         return boxes[keep], scores[keep], classes[keep]
 
 
 def _first(indices, count):
-    """Not a slice: the exporter would have to settle whether there are as many."""
+    """The first `count`, or all if there are fewer. Not a slice: the exporter would have to settle which."""
     return indices.narrow(0, 0, torch.sym_min(indices.shape[0], count))
 
 

@@ -48,6 +48,7 @@ inline char lanes[32][2][32][8];  // what each lane of each warp gives to a warp
 inline Fiber* current;
 inline ucontext_t scheduler;
 inline std::function<void()> kernel_call;
+inline void* dynamic_memory;  // of a block, shared, and just as much as was asked for
 inline std::mt19937 random_order(1);
 
 inline void require(bool condition, const char* message) {
@@ -113,7 +114,7 @@ inline void run_block() {
 }
 
 template <typename... parameters_t>
-auto launch(dim3 grid, dim3 block, void (*kernel)(parameters_t...)) {
+auto launch(dim3 grid, dim3 block, size_t bytes, void (*kernel)(parameters_t...)) {
   return [=](parameters_t... arguments) {
     blockDim = block;
     require(grid.x > 0 && grid.y * grid.z == 1 && block.x * block.y * block.z <= 1024, "bad launch");
@@ -122,10 +123,12 @@ auto launch(dim3 grid, dim3 block, void (*kernel)(parameters_t...)) {
     for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_order);
     kernel_call = [&] { kernel(arguments...); };
+    dynamic_memory = std::malloc(bytes);
     for (unsigned i : order) {
       blockIdx = dim3(i);
       run_block();
     }
+    std::free(dynamic_memory);
   };
 }
 
@@ -157,9 +160,14 @@ void atomicAdd(value_t* to, value_t value) {
   *to += value;
 }
 
-// A GPU of the newest kind, which gives a block whatever memory it asks for.
-enum { cudaDevAttrComputeCapabilityMajor, cudaFuncAttributeMaxDynamicSharedMemorySize };
-inline void cudaDeviceGetAttribute(int* value, int, int) { *value = 9; }
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename kernel_t>
+void cudaFuncGetAttributes(cudaFuncAttributes* attributes, kernel_t*) {
+  attributes->ptxVersion = 90;
+}
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <typename kernel_t>
 void cudaFuncSetAttribute(kernel_t*, int, int) {}
 

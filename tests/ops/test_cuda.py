@@ -32,10 +32,12 @@ SMALLER = {
 
 
 def translate(text):
-    text, launches = re.subn(r"(\w+_kernel<[^;]*?>)<<<([^;]*?), \w+, stream>>>\(", r"emulated::launch(\2, \1)(", text)
+    text, launches = re.subn(r"(\w+_kernel<[^;]*?>)<<<([^;]*?), stream>>>\(", r"emulated::launch(\2, \1)(", text)
     assert launches == text.count("C10_CUDA_KERNEL_LAUNCH_CHECK()")
     text = re.sub(r"#include <c10/cuda/\w+\.h>", '#include "emulated_cuda.h"', text)
-    text = re.sub(r"extern __shared__ __align__\((\d+)\) (.*?)\[\]", r"alignas(\1) static \2[227 << 10]", text)
+    text = re.sub(
+        r"extern __shared__ __align__\(16\) unsigned char memory\[\]", "void* memory = emulated::dynamic_memory", text
+    )
     return text.replace("TORCH_LIBRARY_IMPL(dcnv2_d2, CUDA, m)", "TORCH_LIBRARY_IMPL(dcnv2_d2_emulated, CPU, m)")
 
 
@@ -175,6 +177,7 @@ FUSED = [
     {"n": 1, "c": 64, "o": 136, "h": 9, "w": 8, "offset_groups": 2, "mask": False},
     {"n": 1, "c": 96, "o": 24, "groups": 3, "h": 9, "w": 13, "bias": False, **UNEQUAL},
     {"n": 1, "c": 128, "o": 400, "groups": 2, "offset_groups": 1, "h": 5, "w": 4, "kernel": 1, "padding": 0},
+    {"n": 1, "c": 192, "o": 792, "groups": 3, "offset_groups": 2, "h": 3, "w": 4, "kernel": 1, "padding": 0},
     {"n": 0, "c": 32, "o": 8},
     {"c": 40, "o": 8, "h": 6, "w": 5},
 ]
@@ -202,7 +205,9 @@ def test_fused_deform_conv2d(run, monkeypatch, config, dtype, memory_format):
     ],
     ids=str,
 )
-def test_fused_deform_conv2d_is_taken_where_wanted_and_possible(run, monkeypatch, config, fused, columns):
+def test_fused_deform_conv2d_is_taken_where_wanted_and_possible(run, monkeypatch, device, config, fused, columns):
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("a GPU without the instructions")
     monkeypatch.delenv("DCNV2_FUSED", raising=False)
     if fused:
         monkeypatch.setenv("DCNV2_FUSED", fused)
@@ -212,8 +217,9 @@ def test_fused_deform_conv2d_is_taken_where_wanted_and_possible(run, monkeypatch
     assert columns == any(event.name == "aten::baddbmm_" for event in profile.events())
 
 
-@pytest.mark.parametrize("fused", ["0", "1"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "dtype, fused", [*((dtype, "0") for dtype in DTYPES), (torch.float16, "1"), (torch.bfloat16, "1")], ids=str
+)
 def test_deform_conv2d_awkward_values(run, monkeypatch, dtype, fused):
     monkeypatch.setenv("DCNV2_FUSED", fused)
     config = {"n": 1, "c": 64, "h": 7, "w": 9, "offset_groups": 2, "dtype": dtype, "offset_dtype": offset_dtype(dtype)}
@@ -228,10 +234,18 @@ def test_deform_conv2d_awkward_values(run, monkeypatch, dtype, fused):
     tensors["input"].view(-1)[::7] = INF
     tensors["offset"].round_()
     compare(run, "deform_conv2d", conv_arguments(tensors, geometry), torch.channels_last)
+    tensors, geometry = fresh()
+    tensors["mask"].view(-1)[::17] = NAN
+    tensors["mask"].view(-1)[1::31] = INF
+    compare(run, "deform_conv2d", conv_arguments(tensors, geometry), torch.channels_last)
     tensors, geometry = fresh()  # channel vectors that do not begin at a multiple of 16 bytes
     nhwc = torch.empty(tensors["input"].numel() + 3, dtype=dtype)[3:].view(1, 7, 9, 64)
     tensors["input"] = nhwc.permute(0, 3, 1, 2).copy_(tensors["input"])
     compare(run, "deform_conv2d", conv_arguments(tensors, geometry), torch.channels_last)
+    for name in ("weight", "bias"):  # nor weights, which are taken as they are where there is one tap
+        tensors, geometry = deform_conv2d_inputs(**config, kernel=1, padding=0)
+        tensors[name] = torch.cat([torch.zeros(3, dtype=dtype), tensors[name].flatten()])[3:].view_as(tensors[name])
+        compare(run, "deform_conv2d", conv_arguments(tensors, geometry), torch.channels_last)
 
 
 # deform_roi_pool, deform_ps_roi_pool
