@@ -169,7 +169,7 @@ def measure(calls, row, make, batch, dtype, backward, args):
 
 def table(operator, dtype, backward, batch, rates, args):
     rows, make, calls = OPERATORS[operator]
-    if dtype == "float32" or args.device == "cpu" or torch.cuda.get_device_capability() < (8, 0):
+    if backward or dtype == "float32" or args.device == "cpu" or torch.cuda.get_device_capability() < (8, 0):
         calls = {name: call for name, call in calls.items() if not name.startswith("fused")}
     title = f"{operator}, {'forward + backward' if backward else 'forward'}, {dtype}, batch {batch}"
     print(f"\n### {title}\n\n| row | {' | '.join(f'{name}, ms (MB)' for name in calls)} | best peer / ours | ", end="")
