@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from detectron2.utils.visualizer import Visualizer
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -93,16 +94,20 @@ def draw_curves(path: Path, metrics_file: Path) -> None:
     }
     of_crops = re.compile("mimic/.*/")  # the layers' statistics of the crops that mimicking makes
     names = [name for name in series if not of_crops.match(name)]
-    chosen = {title: sorted(filter(test, names)) for title, test in groups.items()}
+    names.sort(key=lambda name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)])
+    chosen = {title: list(filter(test, names)) for title, test in groups.items()}
     chosen = {title: names for title, names in chosen.items() if names}
     figure, axes = _panels(1, max(len(chosen), 1))
-    figure.set_size_inches(4.5 * max(len(chosen), 1), 4)
+    figure.set_size_inches(4.5 * max(len(chosen), 1), 4.5)
     for a, (title, names) in zip(axes.flat, chosen.items(), strict=False):
+        count = len(names)
+        palette = colormaps["tab10" if count <= 10 else "tab20"].colors
+        a.set_prop_cycle(color=palette if count <= 20 else colormaps["turbo"].resampled(count).colors)
         for name in names:
             label = name.removesuffix("/offset_mean").removesuffix("/mask_mean")
             a.plot(*zip(*series[name], strict=True), label=label, marker="." if len(series[name]) < 3 else None)
         a.set_title(title)
         a.set_xlabel("iteration")
         a.grid(alpha=0.3)
-        a.legend(fontsize=6)
+        a.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(path, dpi=110)
