@@ -1,7 +1,6 @@
 """The checks of data sets in two processes, of one machine and of two: both stop, with the same message, or neither."""
 
 import platform
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
+from processes import run_two
 from torch import multiprocessing
 
 CONFIG = Path(__file__).parents[2] / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
@@ -67,14 +67,7 @@ def results(tmp_path_factory):
     Image.new("RGB", (64, 48)).save(folder / "0.jpg")
     queue = multiprocessing.get_context("fork").SimpleQueue()
     # Forked, because importing takes far longer than the checks.
-    processes = multiprocessing.start_processes(check, (str(folder), queue), nprocs=2, join=False, start_method="fork")
-    end = time.monotonic() + TIMEOUT
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"the processes have not finished after {TIMEOUT} seconds"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    run_two(check, (str(folder), queue), TIMEOUT, "fork")
     found = {}
     while not queue.empty():
         rank, name, loads, message = queue.get()

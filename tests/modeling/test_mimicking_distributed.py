@@ -1,13 +1,12 @@
 """Mimicking in two processes under DistributedDataParallel: no hang and equal gradients, whoever has ground truth."""
 
-import time
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import run_two
 from small_rcnn import DC5, FPN, gradients_of, losses_of, make_image, make_model, two_images
-from torch import multiprocessing
 from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = 300  # seconds, so many because importing is slow on a busy machine
@@ -52,14 +51,7 @@ def trained(tmp_path_factory):
     """Name of a variant -> for both processes: losses and gradients of each step, the weights after the last, and the
     gradients of the first step before they are averaged."""
     folder = tmp_path_factory.mktemp("distributed")
-    processes = multiprocessing.start_processes(train, (str(folder), list(VARIANTS)), nprocs=2, join=False)
-    end = time.monotonic() + TIMEOUT
-    try:
-        while not processes.join(timeout=1):
-            assert time.monotonic() < end, f"the processes have not finished after {TIMEOUT} seconds"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    run_two(train, (str(folder), list(VARIANTS)), TIMEOUT, "spawn")
     return {name: [torch.load(folder / f"{name}_{rank}.pth") for rank in range(2)] for name in VARIANTS}
 
 
