@@ -1,10 +1,17 @@
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_net.py
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+from .devices import BUILT_WITH_CUDA, DEVICES
+
+# For processes that tests start, and for tools/; at the end, as it is an installed dcnv2_d2 that is tested.
+sys.path.append(str(Path(__file__).parents[1]))
 
 torch.set_num_threads(2)
 
@@ -14,18 +21,16 @@ settings.register_profile("nightly", max_examples=5000, **calm)
 settings.load_profile("ordinary")
 
 
+def pytest_report_header():
+    gpu = "a GPU" if torch.cuda.is_available() else "no GPU"
+    return f"devices: {', '.join(DEVICES)} ({gpu}, dcnv2_d2 built with{'' if BUILT_WITH_CUDA else 'out'} CUDA)"
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=["cpu", "cuda"])
+@pytest.fixture(params=DEVICES)
 def device(request):
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        import dcnv2_d2.ops  # noqa: F401
-
-        if not torch._C._dispatch_has_kernel_for_dispatch_key("dcnv2_d2::deform_conv2d", "CUDA"):
-            pytest.skip("dcnv2_d2 was built without CUDA")
     return request.param

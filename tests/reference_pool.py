@@ -10,9 +10,10 @@ bilinear: 0 if Y < -1 or Y > H (or X), otherwise Y clamped into [0, H - 1] and X
 import math
 
 import torch
-from reference import TOLERANCE, assert_all_near, run
 from torch.nn.modules.utils import _pair
 from torchvision.ops import roi_align
+
+from .reference import TOLERANCE, assert_all_near, run
 
 
 def _axis_points(low, high, offset, bins, dim, sampling_ratio, gamma):

@@ -12,9 +12,10 @@ round: halves away from zero
 import math
 
 import torch
-from reference import TOLERANCE, assert_all_near, run
 from torch.nn.modules.utils import _pair
 from torchvision.ops import roi_align
+
+from .reference import TOLERANCE, assert_all_near, run
 
 
 def round_away(value):

@@ -11,8 +11,9 @@ import pytest
 import torch
 from dcnv2_d2 import load_config
 from detectron2.engine import DefaultPredictor
-from models import make_model
 from pycocotools.coco import COCO
+
+from .models import make_model
 
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 from dcnv2_d2.analysis import BackboneNode, RoINode, choose_nodes, effective_receptive_field
-from detectors import REGULAR, config, real
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.structures import Boxes, Instances
 from PIL import Image
 from torch import nn
+
+from .detectors import REGULAR, config, real
 
 TOOL = Path(__file__).parents[2] / "tools" / "analyze_support.py"
 MODELS = {"regular": ("mask_rcnn_small_mdconv_c3-c5", *REGULAR), "DCNv2": ("mask_rcnn_small_mdconv_c3-c5_mdpool",)}

@@ -8,9 +8,10 @@ from dcnv2_d2.analysis import effective_dilation
 from dcnv2_d2.analysis.dilation import CLASSES, filter_dilation
 from dcnv2_d2.analysis.sampling import SamplingRecord
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
-from detectors import Detector
 from detectron2.structures import BoxMode
 from torch import nn
+
+from .detectors import Detector
 
 
 def stretched(vertical=1.0, horizontal=1.0, kernel=(3, 3), cls=ModulatedDeformConv2d, **kwargs):

@@ -6,8 +6,9 @@ import pytest
 import torch
 from dcnv2_d2.analysis import BackboneNode, RoINode, effective_locations
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
-from detectors import REGULAR, Detector, real
 from torch import nn
+
+from .detectors import REGULAR, Detector, real
 
 H, W = 32, 48
 MDCONV, MDPOOL = "mask_rcnn_small_mdconv_c3-c5", "mask_rcnn_small_mdconv_c3-c5_mdpool"

@@ -4,11 +4,12 @@ import pytest
 import torch
 from dcnv2_d2.analysis import BackboneNode, RoINode
 from dcnv2_d2.analysis.nodes import magnitude
-from detectors import REGULAR, Detector, config, real
 from detectron2.config import get_cfg
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes
 from torch import nn
+
+from .detectors import REGULAR, Detector, config, real
 
 H, W = 36, 52
 

@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 from dcnv2_d2.analysis import BackboneNode, effective_receptive_field
-from detectors import REGULAR, Detector, real
 from torch import nn
+
+from .detectors import REGULAR, Detector, real
 
 H, W = 20, 26
 

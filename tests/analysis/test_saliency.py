@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 from dcnv2_d2.analysis import BackboneNode, saliency_region
-from detectors import Detector
 from torch import nn
+
+from .detectors import Detector
 
 FILL = torch.full((3, 1, 1), 110.0)
 

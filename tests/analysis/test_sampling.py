@@ -3,11 +3,12 @@
 import itertools
 
 import pytest
-import reference
 import torch
 from dcnv2_d2.analysis import record_sampling, sampling_points
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from torch import nn
+
+from .. import reference
 
 H, W = 32, 48
 

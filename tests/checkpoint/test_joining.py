@@ -5,8 +5,9 @@ import torch
 from dcnv2_d2.checkpoint import join_pool_branch, join_prediction_convs
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from dcnv2_d2.ops import deform_conv2d
-from reference import assert_near
 from torch import nn
+
+from ..reference import assert_near
 
 
 def fill(module):

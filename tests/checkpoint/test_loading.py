@@ -10,10 +10,11 @@ from dcnv2_d2.checkpoint import Checkpointer, read_state_dict
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
-from models import FASTER, detect, make_config, make_model
-from reference import assert_near
-from test_mmdetection import SMALL_HEADS, run_mmdetections_way, to_mmdetection
 from torch import nn
+
+from ..models import FASTER, detect, make_config, make_model
+from ..reference import assert_near
+from .test_mmdetection import SMALL_HEADS, run_mmdetections_way, to_mmdetection
 
 ROOT = Path(__file__).parents[2]
 SMALL = ROOT / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"

@@ -9,9 +9,10 @@ import torch
 from dcnv2_d2.checkpoint import from_mmdetection
 from dcnv2_d2.ops import deform_roi_pool
 from detectron2.modeling import build_model
-from models import FASTER, MASK, detect, make_config, make_model
-from reference import assert_near
 from torch import nn
+
+from ..models import FASTER, MASK, detect, make_config, make_model
+from ..reference import assert_near
 
 NAMES = [  # ours, mmdetection's
     ("backbone.bottom_up.stem.conv1.norm.", "backbone.bn1."),

@@ -12,8 +12,9 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
 from PIL import Image
-from processes import run_two
 from torch import multiprocessing
+
+from ..processes import run_two
 
 CONFIG = Path(__file__).parents[2] / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
 TIMEOUT = 60  # seconds

@@ -10,7 +10,8 @@ from dcnv2_d2.export import MIN_TORCH, Detector, export_detector, export_onnx
 from dcnv2_d2.layers import ModulatedDeformConv2d, ModulatedDeformRoIPool
 from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
-from models import CONFIGS, FASTER, MASK, make_config, make_model
+
+from ..models import CONFIGS, FASTER, MASK, make_config, make_model
 
 HEADS = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.ROI_BOX_HEAD.FC_DIM", "64", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),

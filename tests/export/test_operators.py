@@ -5,9 +5,10 @@ import torch
 from dcnv2_d2.export import export_onnx
 from dcnv2_d2.export.nms import batched_nms
 from dcnv2_d2.ops import deform_conv2d, deform_roi_pool
-from reference import assert_near
 from torch import nn
 from torch.export import Dim
+
+from ..reference import assert_near
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime", "1.25")  # the first with DeformConv on the CPU; it needs Python 3.11

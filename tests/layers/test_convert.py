@@ -9,8 +9,9 @@ from dcnv2_d2.analysis import record_sampling
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d, replace_convs
 from detectron2.modeling.backbone import FPN, ResNet
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
-from reference import assert_near
 from torch import nn
+
+from ..reference import assert_near
 
 
 def resnet18():

@@ -9,9 +9,10 @@ import torchvision
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from detectron2.layers import Conv2d
 from detectron2.utils.events import EventStorage
-from reference import TOLERANCE, assert_near
 from torch import nn
 from torch.nn import functional as F
+
+from ..reference import TOLERANCE, assert_near
 
 CLASSES = [DeformConv2d, ModulatedDeformConv2d]
 GEOMETRIES = [

@@ -11,23 +11,17 @@ from dcnv2_d2.layers import DeformRoIPool, ModulatedDeformRoIPool
 from dcnv2_d2.ops import deform_roi_pool
 from detectron2.layers import ROIAlign
 from detectron2.utils.events import EventStorage
-from reference import TOLERANCE, assert_near
-from reference_pool import shifted_roi_align
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
+
+from ..reference import TOLERANCE, assert_near
+from ..reference_pool import shifted_roi_align
 
 CLASSES = [DeformRoIPool, ModulatedDeformRoIPool]
 SCALE, GAMMA = 0.5, 0.3
 # Two images of 22 x 28 pixels. One box reaches over the border, one is a point.
 BOXES = [[1, 2.3, 3.1, 17.4, 13.7], [0, -3.2, 1.7, 9.9, 20.3], [1, 12.2, 5.5, 31.1, 19.9], [0, 7.3, 8.1, 7.3, 8.1]]
-
-
-@pytest.fixture
-def device(device):
-    if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("dcnv2_d2::deform_roi_pool", "CUDA"):
-        pytest.skip("deform_roi_pool has no CUDA kernel")
-    return device
 
 
 def make(cls, output_size=(3, 5), dtype=torch.float64, device="cpu", reach=0.0, sampling_ratio=2, **kwargs):

@@ -11,9 +11,10 @@ from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.meta_arch.retinanet import RetinaNetHead
 from detectron2.modeling.roi_heads import MaskRCNNConvUpsampleHead
-from models import MASK, detect, make_model
-from reference import assert_near
 from torch import nn
+
+from ..models import MASK, detect, make_model
+from ..reference import assert_near
 
 
 def assert_all_offsets_learn(output, layers):

@@ -12,7 +12,8 @@ from dcnv2_d2.modeling.backbone import (
 from detectron2.config import get_cfg
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, build_backbone
-from reference import assert_near
+
+from ..reference import assert_near
 
 STAGES = ["res2", "res3", "res4", "res5"]
 C5, C4_C5, C3_C5 = ([stage >= first for stage in range(2, 6)] for first in (5, 4, 3))

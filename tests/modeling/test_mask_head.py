@@ -6,7 +6,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.roi_heads import build_mask_head
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from models import MASK, make_config
+
+from ..models import MASK, make_config
 
 
 def test_every_head_learns():

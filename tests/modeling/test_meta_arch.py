@@ -13,7 +13,9 @@ from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.config import get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, ROI_HEADS_REGISTRY, build_model
 from detectron2.utils.events import EventStorage
-from small_rcnn import (
+from torch import nn
+
+from .small_rcnn import (
     ALIGN,
     CASCADE,
     DC5,
@@ -31,7 +33,6 @@ from small_rcnn import (
     two_images,
     unused_parameters,
 )
-from torch import nn
 
 CLASSIFIER = {"roi_heads.mimicking.cls_score.weight", "roi_heads.mimicking.cls_score.bias"}
 COMPOSITIONS = {

@@ -10,9 +10,10 @@ from dcnv2_d2.modeling.mimicking import FeatureMimicking, still_statistics
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
-from reference import assert_near
-from small_rcnn import CASCADE, FPN, assert_equal_gradients, gradients_of, losses_of, make_model, two_images
 from torch import nn
+
+from ..reference import assert_near
+from .small_rcnn import CASCADE, FPN, assert_equal_gradients, gradients_of, losses_of, make_model, two_images
 
 BACKGROUND = 2  # of two classes
 # x1, y1, x2, y2 with fractional corners, inside an image of 40 x 60 and at least half a pixel from its border

@@ -5,9 +5,10 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
-from processes import run_two
-from small_rcnn import DC5, FPN, gradients_of, losses_of, make_image, make_model, two_images
 from torch.nn.parallel import DistributedDataParallel
+
+from ..processes import run_two
+from .small_rcnn import DC5, FPN, gradients_of, losses_of, make_image, make_model, two_images
 
 TIMEOUT = 300  # seconds, so many because importing is slow on a busy machine
 STEPS = 5

@@ -9,10 +9,11 @@ from dcnv2_d2.layers import DeformRoIPool, ModulatedDeformRoIPool
 from dcnv2_d2.modeling.poolers import deform_pooler
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.structures import Boxes
-from reference import assert_near
 from torch import nn
 from torch.nn import functional as F
 from torchvision.ops import roi_align
+
+from ..reference import assert_near
 
 CLASSES = [DeformRoIPool, ModulatedDeformRoIPool]
 STRIDES = (4, 8, 16, 32)

@@ -15,8 +15,9 @@ from detectron2.modeling import ROI_HEADS_REGISTRY, build_backbone
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads, build_roi_heads
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
-from reference import assert_near
 from torch import nn
+
+from ..reference import assert_near
 
 V1, V2 = "DeformRoIPool", "ModulatedDeformRoIPool"
 STANDARD, CASCADE = "DCNv2ROIHeads", "DCNv2CascadeROIHeads"

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import torch
 from dcnv2_d2 import ops  # noqa: F401  the CPU operators
-from reference import TOLERANCE, assert_near, deform_conv2d_inputs
-from reference_pool import deform_roi_pool_inputs
 from torch.nn.modules.utils import _pair
 from torch.utils import cpp_extension
+
+from ..reference import TOLERANCE, assert_near, deform_conv2d_inputs
+from ..reference_pool import deform_roi_pool_inputs
 
 CSRC = Path(__file__).parents[2] / "csrc"
 NAN, INF = math.nan, math.inf

@@ -7,20 +7,17 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without which cuB
 import pytest
 import torch
 from dcnv2_d2.ops import deform_conv2d, deform_ps_roi_pool, deform_roi_pool
-from reference import TOLERANCE, assert_all_near, assert_near, deform_conv2d_inputs
-from reference import deform_conv2d as definition
-from reference import run as run_both
-from reference_pool import deform_roi_pool_inputs
 from torch.nn import functional as F
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+from ..devices import DEVICES
+from ..reference import TOLERANCE, assert_all_near, assert_near, deform_conv2d_inputs
+from ..reference import deform_conv2d as definition
+from ..reference import run as run_both
+from ..reference_pool import deform_roi_pool_inputs
+
+if "cuda" not in DEVICES:
+    pytest.skip("no GPU, or dcnv2_d2 was built without CUDA", allow_module_level=True)
 OPERATORS = ("deform_conv2d", "deform_roi_pool", "deform_ps_roi_pool")
-
-
-@pytest.fixture(autouse=True)
-def kernels():
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("dcnv2_d2::deform_conv2d", "CUDA"):
-        pytest.skip("dcnv2_d2 was built without CUDA")
 
 
 def needs_memory(gib):

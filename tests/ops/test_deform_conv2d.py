@@ -7,7 +7,9 @@ import pytest
 import torch
 import torchvision
 from dcnv2_d2.ops import deform_conv2d
-from reference import (
+from torch.nn import functional as F
+
+from ..reference import (
     TOLERANCE,
     assert_all_near,
     assert_near,
@@ -17,8 +19,7 @@ from reference import (
     run,
     sampling_points,
 )
-from reference import deform_conv2d as definition
-from torch.nn import functional as F
+from ..reference import deform_conv2d as definition
 
 NAMES = ("input", "offset", "weight", "bias", "mask")
 CHOICES = {

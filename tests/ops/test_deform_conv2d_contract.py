@@ -7,13 +7,15 @@ import pytest
 import torch
 import torchvision
 from dcnv2_d2.ops import deform_conv2d
-from reference import TOLERANCE, assert_all_near, assert_near, assert_same, deform_conv2d_inputs, opcheck, run
-from reference import deform_conv2d as definition
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
+
+from ..devices import needs_cuda
+from ..reference import TOLERANCE, assert_all_near, assert_near, assert_same, deform_conv2d_inputs, opcheck, run
+from ..reference import deform_conv2d as definition
 
 UNEQUAL = {"kernel": (3, 5), "stride": (1, 2), "padding": (2, 1), "dilation": (2, 1)}
 HALVES = [torch.float16, torch.bfloat16]
@@ -372,7 +374,7 @@ def test_errors_of_devices(name, other, entry):
     assert name == "input" or re.search(rf"\b{name}\b", message), message
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@needs_cuda
 @pytest.mark.parametrize("name", ["offset", "weight", "bias", "mask"])
 def test_errors_of_cuda_devices(name):
     # vision #8744: an offset left on the CPU was an illegal access.

@@ -6,24 +6,19 @@ import re
 import pytest
 import torch
 from dcnv2_d2.ops import deform_ps_roi_pool, deform_roi_pool
-from reference import TOLERANCE, assert_all_near, assert_near, opcheck, run
-from reference_ps_pool import check, deform_ps_roi_pool_inputs, random_grad
-from reference_ps_pool import deform_ps_roi_pool as definition
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 from torch.nn.modules.utils import _pair
 
+from ..devices import needs_cuda
+from ..reference import TOLERANCE, assert_all_near, assert_near, opcheck, run
+from ..reference_ps_pool import check, deform_ps_roi_pool_inputs, random_grad
+from ..reference_ps_pool import deform_ps_roi_pool as definition
+
 HALVES = [torch.float16, torch.bfloat16]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 GIVEN = [{"offset": o, "mask": m} for o in (True, False) for m in (True, False)]
-
-
-@pytest.fixture
-def device(device):
-    if device == "cuda" and not torch._C._dispatch_has_kernel_for_dispatch_key("dcnv2_d2::deform_ps_roi_pool", "CUDA"):
-        pytest.skip("deform_ps_roi_pool has no CUDA kernel")
-    return device
 
 
 def positional(
@@ -386,9 +381,8 @@ def test_an_image_that_is_not_there_is_an_error_on_the_cpu(index):
     assert re.search(r"\bboxes\b", message_of(deform_ps_roi_pool, {**valid(), "input": torch.zeros(0, 24, 9, 10)}))
 
 
+@needs_cuda
 @pytest.mark.parametrize("name", ["boxes", "offset", "mask"])
-def test_errors_of_devices(name, device):
-    if device == "cpu":
-        pytest.skip("needs two devices")
+def test_errors_of_cuda_devices(name):
     arguments = {k: v.cuda() if torch.is_tensor(v) and k != name else v for k, v in valid().items()}
     assert re.search(rf"\b{name}\b", message_of(deform_ps_roi_pool, arguments))

@@ -13,10 +13,11 @@ import torch
 from dcnv2_d2 import ops
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import TOLERANCE, run
-from reference import deform_conv2d as define_conv
-from reference_pool import deform_roi_pool as define_pool
-from reference_ps_pool import deform_ps_roi_pool as define_ps_pool
+
+from ..reference import TOLERANCE, run
+from ..reference import deform_conv2d as define_conv
+from ..reference_pool import deform_roi_pool as define_pool
+from ..reference_ps_pool import deform_ps_roi_pool as define_ps_pool
 
 WILD = [math.nan, math.inf, -math.inf, 1e30, -1e30, 2.0**31, -(2.0**31), 65504.0]
 DEFINITIONS = {
