@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 from setuptools import setup
+from setuptools.command.build_py import build_py
 
 try:
     import torch
@@ -72,4 +73,15 @@ def extension():
     )
 
 
-setup(ext_modules=[extension()], cmdclass={"build_ext": cpp_extension.BuildExtension})
+class BuildPy(build_py):
+    """Puts configs/ to where dcnv2_d2.model_zoo finds it in an installed package; an editable one reads the folder."""
+
+    def run(self):
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "dcnv2_d2" / "model_zoo" / "configs"
+            shutil.rmtree(target, ignore_errors=True)  # a config of an earlier build may have gone
+            shutil.copytree(ROOT / "configs", target)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_py": BuildPy, "build_ext": cpp_extension.BuildExtension})

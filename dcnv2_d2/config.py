@@ -4,13 +4,16 @@ The choice of stages, v1 or v2, and offset groups are Detectron2's own MODEL.RES
 DEFORM_MODULATED and DEFORM_NUM_GROUPS.
 """
 
+import difflib
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, ROI_HEADS_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
+from detectron2.utils.file_io import PathManager
 
 from . import compat
 from .data import register_files
@@ -18,6 +21,10 @@ from .modeling.meta_arch import MimickingRCNN
 from .modeling.mimicking import Mimicking
 from .modeling.poolers import LAYERS as POOLER_LAYERS
 from .modeling.roi_heads import DeformPoolers
+
+_INSTALLED = Path(__file__).parent / "model_zoo" / "configs"
+# In a checkout, an editable install too, they are beside the package.
+CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
 
 
 def add_dcnv2_config(cfg: CfgNode) -> None:
@@ -56,11 +63,31 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.SOLVER.OPTIMIZER = "SGD"
 
 
+def get_config_file(config_path: str) -> str:
+    """The path of one of this package's configs.
+
+    Args:
+        config_path: below configs/, such as "COCO/mask_rcnn/mask_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml".
+
+    Raises:
+        ValueError: there is none of that name; it lists those of similar names.
+    """
+    if (CONFIGS / config_path).is_file():
+        return str(CONFIGS / config_path)
+    names = {path.name: path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml")}
+    near = [names[name] for name in difflib.get_close_matches(Path(config_path).name, names)]
+    raise ValueError(
+        f"{config_path} must be a file or the name of one of dcnv2_d2's configs, and is neither"
+        f"{'; similar are ' if near else ''}{', '.join(near)}"
+    )
+
+
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file of this package or of Detectron2; without a GPU, the model runs on the CPU.
 
     Args:
-        config_file: a YAML file.
+        config_file: a YAML file, or a name as get_config_file takes it. Where it gives no OUTPUT_DIR, that is the
+            file's name in output/, so that runs of several configs do not overwrite each other.
         opts: keys and values that come after it: ["MODEL.WEIGHTS", "model_final.pth"]. A data set in DATASETS.TRAIN or
             DATASETS.TEST can be a registered name or files, "annotations.json:folder of images".
 
@@ -69,7 +96,10 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_dcnv2_config(cfg)
-    cfg.merge_from_file(config_file)
+    default = cfg.OUTPUT_DIR
+    cfg.merge_from_file(config_file if PathManager.isfile(config_file) else get_config_file(config_file))
+    if default == cfg.OUTPUT_DIR:
+        cfg.OUTPUT_DIR = f"output/{Path(config_file).stem}"
     opts = list(opts)
     for i, key in enumerate(opts[:-1:2]):  # a lone data set needs no parentheses
         value = opts[2 * i + 1]

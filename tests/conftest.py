@@ -2,7 +2,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in train_net.py
+os.environ.setdefault("GOMP_SPINCOUNT", "30000")  # as in dcnv2_d2
 
 import pytest
 import torch

@@ -1,17 +1,15 @@
 """Whole detectors with weights that make every path matter: random norms, offsets, masks, classes and boxes."""
 
-from pathlib import Path
-
 import torch
 from dcnv2_d2 import add_dcnv2_config
+from dcnv2_d2.config import CONFIGS
 from detectron2.config import CfgNode, get_cfg
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from torch import nn
 
-CONFIGS = Path(__file__).parents[1] / "configs" / "COCO"
-FASTER = CONFIGS / "faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml"
-MASK = CONFIGS / "mask_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml"
+FASTER = CONFIGS / "COCO/faster_rcnn/faster_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml"
+MASK = CONFIGS / "COCO/mask_rcnn/mask_rcnn_R_50_FPN_1x_mdconv_c3-c5.yaml"
 
 
 def make_config(config, *options):

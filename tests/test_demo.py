@@ -1,7 +1,7 @@
-"""demo.py on pictures, folders and a film, with a detector that has never learnt anything but finds a lot."""
+"""dcnv2_d2.demo on pictures, folders and a film, with a detector that has never learnt anything but finds a lot."""
 
 import json
-import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -9,14 +9,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from dcnv2_d2 import load_config
+from dcnv2_d2 import demo, load_config
+from dcnv2_d2.config import CONFIGS
 from detectron2.engine import DefaultPredictor
 from pycocotools.coco import COCO
 
 from .models import make_model
 
-ROOT = Path(__file__).parents[1]
-CONFIG = ROOT / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
+CONFIG = CONFIGS / "quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
 THRESHOLD = 0.4
 FEW = ["TEST.DETECTIONS_PER_IMAGE", "4"]
 
@@ -46,9 +46,15 @@ def pictures(tmp_path_factory):
     return folder
 
 
+def test_of_a_checkout():
+    script = Path(__file__).parents[1] / "demo.py"
+    process = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert "--confidence-threshold" in process.stdout
+
+
 def run(monkeypatch, *args):
     monkeypatch.setattr(sys, "argv", ["demo.py", "--config-file", str(CONFIG), *map(str, args)])
-    runpy.run_path(str(ROOT / "demo.py"), run_name="__main__")
+    demo.main()
 
 
 def test_folder(weights, pictures, tmp_path, monkeypatch, capsys):

@@ -8,19 +8,18 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dcnv2_d2.checkpoint import Checkpointer, UnreadableCheckpoint
+from dcnv2_d2.config import CONFIGS
 from dcnv2_d2.engine import Trainer, explain_divergence
 from detectron2.engine import SimpleTrainer, TrainerBase
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
-QUICK_START = ROOT / "configs" / "quick_start"
+QUICK_START = CONFIGS / "quick_start"
 FULL = "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic"  # has every part of the package
 # DCNV2_NIGHTLY=1: every quick-start config on two and four processes, and more kills
 NIGHTLY = bool(os.environ.get("DCNV2_NIGHTLY"))
@@ -33,13 +32,12 @@ SMALL = [
 
 
 def start(folder, data, *opts, flags=()):
-    """Starts train_net.py with its output in `folder` and its data sets in `data`."""
+    """Starts training with its output in `folder` and its data sets in `data`."""
     return subprocess.Popen(
         [
-            *(sys.executable, "train_net.py", *flags),
+            *(sys.executable, "-m", "dcnv2_d2.train", *flags),
             *("--config-file", str(QUICK_START / f"{FULL}.yaml"), *SMALL, *opts, "OUTPUT_DIR", str(folder)),
         ],
-        cwd=ROOT,
         env={**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -104,8 +102,7 @@ def test_processes_agree(tmp_path, data, processes, config):
     output = subprocess.run(
         [sys.executable, *launcher, script, QUICK_START / f"{config}.yaml", *SMALL]
         + ["SOLVER.MAX_ITER", "10", "SOLVER.AMP.ENABLED", "True", "OUTPUT_DIR", tmp_path / "run"],
-        cwd=ROOT,
-        env={**os.environ, "DETECTRON2_DATASETS": str(data), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "DETECTRON2_DATASETS": str(data), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
@@ -117,14 +114,14 @@ def test_processes_agree(tmp_path, data, processes, config):
 
 CHECK_RANKS = """
 import sys
-import train_net  # before torch
+from dcnv2_d2.train import setup  # before torch
 import torch
 from detectron2.engine import default_argument_parser
 from detectron2.utils import comm
 from dcnv2_d2.engine import Trainer, launch
 
 def main(args):
-    trainer = Trainer(train_net.setup(args))
+    trainer = Trainer(setup(args))
     trainer.resume_or_load(False)
     trainer._hooks = [h for h in trainer._hooks if type(h).__name__ != "EvalHook"]
     trainer.train()

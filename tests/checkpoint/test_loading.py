@@ -1,12 +1,13 @@
 """Files of other people, v1 weights in a v2 model, and the conversion command."""
 
-import runpy
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from dcnv2_d2 import convert_checkpoint
 from dcnv2_d2.checkpoint import Checkpointer, read_state_dict
+from dcnv2_d2.config import CONFIGS
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.modeling import build_model
@@ -16,8 +17,7 @@ from ..models import FASTER, detect, make_config, make_model
 from ..reference import assert_near
 from .test_mmdetection import SMALL_HEADS, run_mmdetections_way, to_mmdetection
 
-ROOT = Path(__file__).parents[2]
-SMALL = ROOT / "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
+SMALL = CONFIGS / "quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
 
 
 class Anything:
@@ -116,9 +116,11 @@ def convert(monkeypatch, capsys):
 
     def run(*args):
         monkeypatch.setattr("sys.argv", ["convert_checkpoint.py", *map(str, args)])
-        with pytest.raises(SystemExit) as stop:
-            runpy.run_path(ROOT / "tools/convert_checkpoint.py", run_name="__main__")
-        return stop.value.code, capsys.readouterr().out
+        try:
+            status = convert_checkpoint.main()
+        except SystemExit as stop:
+            status = stop.code
+        return status, capsys.readouterr().out
 
     return run
 

@@ -4,14 +4,15 @@ from pathlib import Path
 
 import dcnv2_d2
 import torch
+from dcnv2_d2.config import CONFIGS
 from detectron2.modeling import build_model
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 
-from ..models import CONFIGS, make_config, randomise
+from ..models import make_config, randomise
 from ..reference import assert_near
 
-CONFIG = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
+CONFIG = CONFIGS / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
 OURS = str(Path(dcnv2_d2.__file__).parent)
 
 

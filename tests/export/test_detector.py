@@ -1,17 +1,16 @@
 """Whole R-CNNs, exported once, against themselves at several image sizes."""
 
-import runpy
-from pathlib import Path
-
 import cv2
 import pytest
 import torch
+from dcnv2_d2 import export_model
+from dcnv2_d2.config import CONFIGS
 from dcnv2_d2.export import MIN_TORCH, Detector, export_detector, export_onnx
 from dcnv2_d2.layers import ModulatedDeformConv2d, ModulatedDeformRoIPool
 from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 
-from ..models import CONFIGS, FASTER, MASK, make_config, make_model
+from ..models import FASTER, MASK, make_config, make_model
 
 HEADS = [
     *("MODEL.ROI_HEADS.NUM_CLASSES", "5", "MODEL.ROI_BOX_HEAD.FC_DIM", "64", "MODEL.ROI_MASK_HEAD.CONV_DIM", "32"),
@@ -22,7 +21,7 @@ MDPOOL = [
     *("MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ModulatedDeformRoIPool", "MODEL.DCNV2.MDPOOL_FC_DIMS", "[64, 64]"),
 ]
 MODELS = {"faster mdconv": (FASTER, []), "mask mdconv mdpool": (MASK, MDPOOL)}
-SMALL = CONFIGS.parent / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
+SMALL = CONFIGS / "quick_start/mask_rcnn_small_mdconv_c3-c5_mdpool.yaml"
 # The first has more anchors on p2 than RPN.PRE_NMS_TOPK_TEST; the second is the smallest there may be.
 SIZES = [(160, 131), (65, 66)]
 
@@ -130,11 +129,11 @@ def test_without_masks():
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """tools/export_model.py in this process: what it prints."""
+    """The command in this process: what it prints."""
 
     def run(*args):
         monkeypatch.setattr("sys.argv", ["export_model.py", "--config-file", str(SMALL), *map(str, args)])
-        runpy.run_path(Path(__file__).parents[2] / "tools/export_model.py", run_name="__main__")
+        export_model.main()
         return capsys.readouterr().out
 
     return run

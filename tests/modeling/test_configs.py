@@ -110,7 +110,7 @@ def test_settings_and_place_in_the_readme(path):
     assert f"mimic_{cfg.MODEL.MIMIC.REGIONS}" in stem or "mimic_" not in stem
     weights = "X-101-32x8d" if "X_101_32x8d" in stem else "R-101" if "R_101" in stem else "R-50"
     assert cfg.MODEL.WEIGHTS.endswith(f"/{weights}.pkl")
-    if folder == "COCO":
+    if path.parts[-3] == "COCO":
         assert tests[0].startswith("coco_2017_val")
         assert iterations == (270000 if "_3x" in stem else 90000)
         assert steps == ((210000, 250000) if "_3x" in stem else (60000, 80000))

@@ -1,0 +1,187 @@
+"""train_net.py as a user runs it, on the smallest of the generated data sets, and every quick-start config."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from dcnv2_d2 import add_dcnv2_config
+from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
+from detectron2.config import get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+QUICK_START = sorted((ROOT / "configs" / "quick_start").glob("*.yaml"))
+CONFIG = "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
+TINY = [
+    *("DATASETS.TRAIN", "('bent_shapes_tiny_train',)", "DATASETS.TEST", "('bent_shapes_tiny_val',)"),
+    *("SOLVER.IMS_PER_BATCH", "2"),
+]
+PICTURES = ["predictions.png", "sampling_points.png", "training_curves.png"]
+
+
+def train_net(folder, *args):
+    """Runs train_net.py with data sets and output below `folder`; returns the process."""
+    command = [sys.executable, "train_net.py", "--config-file", CONFIG, *args, *TINY, "OUTPUT_DIR", str(folder / "run")]
+    env = {**os.environ, "DETECTRON2_DATASETS": str(folder / "datasets")}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+
+
+def results(process):
+    """What Detectron2 prints for copying into a spreadsheet: {task: {metric: value}}; the last evaluation counts."""
+    assert process.returncode == 0, process.stdout + process.stderr
+    lines = re.findall(r"copypaste: (.*)", process.stdout)
+    found = {}
+    for task, names, values in zip(lines[::3], lines[1::3], lines[2::3], strict=True):
+        found[task.removeprefix("Task: ")] = dict(zip(names.split(","), map(float, values.split(",")), strict=True))
+    return found
+
+
+def detections(folder):
+    return json.loads((folder / "run" / "inference" / "coco_instances_results.json").read_text())
+
+
+def checkpoint(folder):
+    return torch.load(folder / "run" / "model_final.pth", map_location="cpu", weights_only=False)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run of three iterations: its folder and its process."""
+    folder = tmp_path_factory.mktemp("trained")
+    return folder, train_net(folder, "SOLVER.MAX_ITER", "3")
+
+
+@pytest.fixture(scope="module")
+def resumed(trained, tmp_path_factory):
+    """A copy of that run, continued to five iterations: its folder and its process."""
+    folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("resumed"), dirs_exist_ok=True)
+    return folder, train_net(folder, "--resume", "SOLVER.MAX_ITER", "5")
+
+
+def test_trains_and_evaluates(trained):
+    folder, process = trained
+    found = results(process)
+    assert found.keys() == {"bbox", "segm"}
+    for metrics in found.values():
+        assert {"AP", "AP50", "AP75"} <= metrics.keys()
+        assert all(0 <= metrics[name] <= 100 for name in ("AP", "AP50", "AP75"))
+    assert "Starting training from iteration 0" in process.stdout
+    state = checkpoint(folder)
+    assert state["iteration"] == 2 and "backbone.bottom_up.res3.0.conv1.conv_offset.weight" in state["model"]
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_writes_losses_and_statistics_of_the_layers(trained):
+    lines = [json.loads(line) for line in (trained[0] / "run" / "metrics.json").read_text().splitlines()]
+    names = set().union(*lines)
+    assert {"total_loss", "loss_mask", "loss_rpn_cls", "bbox/AP", "segm/AP"} <= names
+    layers = {f"{s}.{b}.{c}" for s in ("res3", "res4", "res5") for b in (0, 1) for c in ("conv1", "conv2")}
+    assert {name.rpartition("/")[0] for name in names if name.endswith("/offset_mean")} == layers
+    masks = [line[f"{layer}/mask_mean"] for line in lines for layer in layers if f"{layer}/mask_mean" in line]
+    assert masks and all(m == pytest.approx(1.0, abs=0.1) for m in masks)  # MASK_SCALE is 2
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pictures(name, trained):
+    folder, process = trained
+    assert str(folder / "run" / name) in process.stdout
+    with Image.open(folder / "run" / name) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+        assert picture.format == "PNG"
+    assert all(300 < side < 4000 for side in pixels.shape[:2])
+    assert pixels.std() > 10 and (pixels.max(axis=2) != pixels.min(axis=2)).any()  # neither empty nor without colour
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_says_that_it_runs_on_the_cpu(trained):
+    process = trained[1]
+    assert "MODEL.DEVICE is cuda, but no GPU is available: running on the CPU" in process.stdout + process.stderr
+
+
+def test_eval_only_repeats_the_evaluation(trained, tmp_path):
+    weights, expected = trained[0] / "run" / "model_final.pth", detections(trained[0])
+    process = train_net(tmp_path, "--eval-only", "MODEL.WEIGHTS", str(weights))
+    tolerance = {"abs": 0.5 if torch.cuda.is_available() else 1e-9}
+    for task, metrics in results(trained[1]).items():
+        assert results(process)[task] == pytest.approx(metrics, **tolerance, nan_ok=True)
+    assert "Starting training" not in process.stdout
+    assert (tmp_path / "run" / "predictions.png").is_file()
+    # Three iterations may well give an AP of 0, so the detections too.
+    actual = detections(tmp_path)
+    assert len(expected) > 20
+    if not torch.cuda.is_available():
+        assert actual == expected
+
+
+def test_resume_continues(trained, resumed):
+    folder, process = resumed
+    assert results(process).keys() == {"bbox", "segm"}
+    assert "Starting training from iteration 3" in process.stdout
+    before, after = checkpoint(trained[0]), checkpoint(folder)
+    assert (before["iteration"], after["iteration"]) == (2, 4)
+    # Two iterations of the warm-up: far less than the distance to other initial weights.
+    name = "backbone.bottom_up.res3.0.conv1.weight"
+    old, new = before["model"][name], after["model"][name]
+    assert 0 < (new - old).norm() < 0.2 * old.norm()
+
+
+def optimizer_states(state):
+    if isinstance(state, dict):
+        if {"state", "param_groups"} <= state.keys():
+            yield state["state"]
+        for value in state.values():
+            yield from optimizer_states(value)
+
+
+def test_resume_continues_the_optimizer(resumed):
+    (state,) = optimizer_states(checkpoint(resumed[0]))
+    assert {int(parameter["step"]) for parameter in state.values()} == {5}
+
+
+def test_unknown_key_is_named(tmp_path):
+    process = train_net(tmp_path, "MODEL.DCNV2.MASK_SCALES", "2.0")
+    assert process.returncode != 0
+    assert "MODEL.DCNV2.MASK_SCALES" in process.stderr
+    assert not (tmp_path / "run").exists() and not (tmp_path / "datasets").exists()
+
+
+def test_a_data_set_of_ones_own(trained, tmp_path):
+    """A COCO file and a folder, by three options; and what happens if the third is wrong."""
+    (folder,) = (p for p in (trained[0] / "datasets/bent_shapes").glob("tiny_train*") if p.is_dir())  # beside its lock
+    files = f"{folder / 'annotations.json'}:{folder / 'images'}"
+    options = ["DATASETS.TRAIN", files, "DATASETS.TEST", files, "MODEL.ROI_HEADS.NUM_CLASSES"]
+    command = [sys.executable, "train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path), *options]
+    short = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
+    process = subprocess.run([*command, "3", *short], cwd=ROOT, capture_output=True, text=True)
+    assert results(process).keys() == {"bbox", "segm"}
+    process = subprocess.run([*command, "5"], cwd=ROOT, capture_output=True, text=True)
+    assert process.returncode != 0 and "Starting training" not in process.stdout
+    assert f"{files}: has 3 classes" in process.stderr and "MODEL.ROI_HEADS.NUM_CLASSES is 5" in process.stderr
+
+
+def test_there_are_quick_start_configs():
+    assert ROOT / CONFIG in QUICK_START
+
+
+@pytest.mark.parametrize("path", QUICK_START, ids=lambda path: path.stem)
+def test_quick_start_configs_build(path):
+    cfg = get_cfg()
+    add_dcnv2_config(cfg)
+    cfg.merge_from_file(str(path))  # an unknown key is an error
+    cfg.MODEL.DEVICE = "cpu"
+    model = build_model(cfg)
+    layers = [m for m in model.modules() if isinstance(m, DeformConv2d)]
+    modulated = [m for m in layers if isinstance(m, ModulatedDeformConv2d)]
+    assert bool(layers) == ("dconv" in path.stem) and bool(modulated) == ("mdconv" in path.stem)
+    assert len(modulated) in (0, len(layers))
+    metadata = [MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
+    assert metadata and all(len(m.thing_classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES for m in metadata)
