@@ -120,9 +120,9 @@ def by_module(cfg: CfgNode, counts: dict[str, float], depth: int) -> str:
 
 
 def published() -> dict[str, dict[str, str]]:
-    """configs/published.csv: figures of others, by the config's name."""
+    """Rows of configs/published.csv that have parameters or FLOPs, by the config's name."""
     with open(get_config_file("published.csv")) as file:
-        return {row["config"]: row for row in csv.DictReader(file)}
+        return {row["config"]: row for row in csv.DictReader(file) if row["params"] or row["gflops"]}
 
 
 def table(rows: list[tuple[str, int, float]]) -> str:

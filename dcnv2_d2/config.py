@@ -82,6 +82,11 @@ def get_config_file(config_path: str) -> str:
     )
 
 
+def find_config_file(config_file: str) -> str:
+    """The file itself, if it is one, else that of get_config_file, whose ValueError it raises."""
+    return config_file if PathManager.isfile(config_file) else get_config_file(config_file)
+
+
 def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """Reads a config file of this package or of Detectron2; without a GPU, the model runs on the CPU.
 
@@ -97,7 +102,7 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     cfg = get_cfg()
     add_dcnv2_config(cfg)
     default = cfg.OUTPUT_DIR
-    cfg.merge_from_file(config_file if PathManager.isfile(config_file) else get_config_file(config_file))
+    cfg.merge_from_file(find_config_file(config_file))
     if default == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = f"output/{Path(config_file).stem}"
     opts = list(opts)

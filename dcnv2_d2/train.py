@@ -12,7 +12,7 @@ from detectron2.utils.logger import setup_logger
 
 from .analysis.report import write_report
 from .checkpoint import Checkpointer
-from .config import load_config
+from .config import find_config_file, load_config
 from .data.check import check_datasets
 from .engine import Trainer, launch
 
@@ -20,6 +20,7 @@ logger = logging.getLogger("dcnv2_d2.train")
 
 
 def setup(args):
+    args.config_file = find_config_file(args.config_file)  # of which default_setup logs the content
     cfg = load_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
         logging.warning("SOLVER.AMP.ENABLED needs a GPU in Detectron2's trainer: training in float32.")

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, settings
 
 from .devices import BUILT_WITH_CUDA, DEVICES
 
-# For processes that tests start, and for tools/; at the end, as it is an installed dcnv2_d2 that is tested.
-sys.path.append(str(Path(__file__).parents[1]))
+ROOT = Path(__file__).parents[1]
+# For processes that tests start, and for tools; at the end, as it is an installed dcnv2_d2 that is tested.
+sys.path += [str(ROOT), str(ROOT / "tools")]
 
 torch.set_num_threads(2)
 

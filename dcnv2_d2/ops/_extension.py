@@ -1,6 +1,9 @@
 """Loads the compiled operators. Without them importing the package works; the first use raises, with the reason."""
 
 import importlib.util
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
 
 import torch
 
@@ -10,6 +13,13 @@ def _load() -> str | None:
     remedy = "run in the project's folder: pip install --no-build-isolation -e ."
     spec = importlib.util.find_spec("dcnv2_d2._C")
     if spec is None:
+        here = Path(__file__).resolve().parents[2]
+        hidden = PathFinder.find_spec("dcnv2_d2", [path for path in sys.path if Path(path).resolve() != here])
+        if hidden and hidden.origin:
+            return (
+                f"the folder dcnv2_d2 in {here}, which has no compiled operators, hides the installed package in "
+                f"{Path(hidden.origin).parents[1]}; run in another folder, or {remedy.removeprefix('run ')}"
+            )
         return f"dcnv2_d2's compiled operators (dcnv2_d2._C) are not built; {remedy}"
     try:
         torch.ops.load_library(spec.origin)

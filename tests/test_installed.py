@@ -1,4 +1,4 @@
-"""train_net.py as a user runs it, on the smallest of the generated data sets, and every quick-start config."""
+"""The wheel in an empty folder: training as a user runs it, on the smallest generated data set, then every command."""
 
 import json
 import os
@@ -6,12 +6,15 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from dcnv2_d2 import add_dcnv2_config
+from dcnv2_d2.config import CONFIGS
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from detectron2.config import get_cfg
 from detectron2.data import MetadataCatalog
@@ -19,8 +22,9 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 ROOT = Path(__file__).parents[1]
-QUICK_START = sorted((ROOT / "configs" / "quick_start").glob("*.yaml"))
-CONFIG = "configs/quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
+QUICK_START = sorted((CONFIGS / "quick_start").glob("*.yaml"))
+CONFIG = "quick_start/mask_rcnn_small_mdconv_c3-c5.yaml"
+RUN = "output/quick_start"  # as the config says
 TINY = [
     *("DATASETS.TRAIN", "('bent_shapes_tiny_train',)", "DATASETS.TEST", "('bent_shapes_tiny_val',)"),
     *("SOLVER.IMS_PER_BATCH", "2"),
@@ -28,11 +32,41 @@ TINY = [
 PICTURES = ["predictions.png", "sampling_points.png", "training_curves.png"]
 
 
-def train_net(folder, *args):
-    """Runs train_net.py with data sets and output below `folder`; returns the process."""
-    command = [sys.executable, "train_net.py", "--config-file", CONFIG, *args, *TINY, "OUTPUT_DIR", str(folder / "run")]
-    env = {**os.environ, "DETECTRON2_DATASETS": str(folder / "datasets")}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The folder where the wheel is installed, whose compiled operators are those that are tested here."""
+    source, target = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("installed")
+    for name in ("configs", "csrc", "dcnv2_d2"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    for name in ("LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py"):
+        shutil.copy(ROOT / name, source)
+    (source / "setup.cfg").write_text("[build]\nbuild_lib = built\n")
+    (source / "built/dcnv2_d2").mkdir(parents=True)
+    shutil.copy(find_spec("dcnv2_d2._C").origin, source / "built/dcnv2_d2")
+    command = [sys.executable, "setup.py", "-q", "build_py", "bdist_wheel", "--skip-build"]
+    process = subprocess.run(command, cwd=source, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout + process.stderr
+    (wheel,) = source.glob("dist/*.whl")
+    zipfile.ZipFile(wheel).extractall(target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def run(installed):
+    """run(folder, module, *args): a command in a folder; its process."""
+
+    def run(folder, module, *args):
+        env = {**os.environ, "PYTHONPATH": str(installed)}
+        env.pop("DETECTRON2_DATASETS", None)
+        command = [sys.executable, "-m", f"dcnv2_d2.{module}", *map(str, args)]
+        return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=600)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def train(run):
+    return lambda folder, *args: run(folder, "train", "--config-file", CONFIG, *args, *TINY)
 
 
 def results(process):
@@ -46,25 +80,25 @@ def results(process):
 
 
 def detections(folder):
-    return json.loads((folder / "run" / "inference" / "coco_instances_results.json").read_text())
+    return json.loads((folder / RUN / "inference" / "coco_instances_results.json").read_text())
 
 
 def checkpoint(folder):
-    return torch.load(folder / "run" / "model_final.pth", map_location="cpu", weights_only=False)
+    return torch.load(folder / RUN / "model_final.pth", map_location="cpu", weights_only=False)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(train, tmp_path_factory):
     """A run of three iterations: its folder and its process."""
     folder = tmp_path_factory.mktemp("trained")
-    return folder, train_net(folder, "SOLVER.MAX_ITER", "3")
+    return folder, train(folder, "SOLVER.MAX_ITER", "3")
 
 
 @pytest.fixture(scope="module")
-def resumed(trained, tmp_path_factory):
+def resumed(train, trained, tmp_path_factory):
     """A copy of that run, continued to five iterations: its folder and its process."""
     folder = shutil.copytree(trained[0], tmp_path_factory.mktemp("resumed"), dirs_exist_ok=True)
-    return folder, train_net(folder, "--resume", "SOLVER.MAX_ITER", "5")
+    return folder, train(folder, "--resume", "SOLVER.MAX_ITER", "5")
 
 
 def test_trains_and_evaluates(trained):
@@ -81,7 +115,7 @@ def test_trains_and_evaluates(trained):
 
 
 def test_writes_losses_and_statistics_of_the_layers(trained):
-    lines = [json.loads(line) for line in (trained[0] / "run" / "metrics.json").read_text().splitlines()]
+    lines = [json.loads(line) for line in (trained[0] / RUN / "metrics.json").read_text().splitlines()]
     names = set().union(*lines)
     assert {"total_loss", "loss_mask", "loss_rpn_cls", "bbox/AP", "segm/AP"} <= names
     layers = {f"{s}.{b}.{c}" for s in ("res3", "res4", "res5") for b in (0, 1) for c in ("conv1", "conv2")}
@@ -93,8 +127,8 @@ def test_writes_losses_and_statistics_of_the_layers(trained):
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name, trained):
     folder, process = trained
-    assert str(folder / "run" / name) in process.stdout
-    with Image.open(folder / "run" / name) as picture:
+    assert str(folder / RUN / name) in process.stdout
+    with Image.open(folder / RUN / name) as picture:
         pixels = np.asarray(picture.convert("RGB"))
         assert picture.format == "PNG"
     assert all(300 < side < 4000 for side in pixels.shape[:2])
@@ -107,14 +141,14 @@ def test_says_that_it_runs_on_the_cpu(trained):
     assert "MODEL.DEVICE is cuda, but no GPU is available: running on the CPU" in process.stdout + process.stderr
 
 
-def test_eval_only_repeats_the_evaluation(trained, tmp_path):
-    weights, expected = trained[0] / "run" / "model_final.pth", detections(trained[0])
-    process = train_net(tmp_path, "--eval-only", "MODEL.WEIGHTS", str(weights))
+def test_eval_only_repeats_the_evaluation(train, trained, tmp_path):
+    weights, expected = trained[0] / RUN / "model_final.pth", detections(trained[0])
+    process = train(tmp_path, "--eval-only", "MODEL.WEIGHTS", str(weights))
     tolerance = {"abs": 0.5 if torch.cuda.is_available() else 1e-9}
     for task, metrics in results(trained[1]).items():
         assert results(process)[task] == pytest.approx(metrics, **tolerance, nan_ok=True)
     assert "Starting training" not in process.stdout
-    assert (tmp_path / "run" / "predictions.png").is_file()
+    assert (tmp_path / RUN / "predictions.png").is_file()
     # Three iterations may well give an AP of 0, so the detections too.
     actual = detections(tmp_path)
     assert len(expected) > 20
@@ -148,28 +182,72 @@ def test_resume_continues_the_optimizer(resumed):
 
 
 def test_unknown_key_is_named(tmp_path):
-    process = train_net(tmp_path, "MODEL.DCNV2.MASK_SCALES", "2.0")
+    """With the script of the checkout."""
+    command = [sys.executable, ROOT / "train_net.py", "--config-file", CONFIG, *TINY, "MODEL.DCNV2.MASK_SCALES", "2.0"]
+    process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert process.returncode != 0
     assert "MODEL.DCNV2.MASK_SCALES" in process.stderr
-    assert not (tmp_path / "run").exists() and not (tmp_path / "datasets").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_a_data_set_of_ones_own(trained, tmp_path):
+def test_a_data_set_of_ones_own(run, trained, tmp_path):
     """A COCO file and a folder, by three options; and what happens if the third is wrong."""
     (folder,) = (p for p in (trained[0] / "datasets/bent_shapes").glob("tiny_train*") if p.is_dir())  # beside its lock
     files = f"{folder / 'annotations.json'}:{folder / 'images'}"
     options = ["DATASETS.TRAIN", files, "DATASETS.TEST", files, "MODEL.ROI_HEADS.NUM_CLASSES"]
-    command = [sys.executable, "train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path), *options]
     short = ["SOLVER.MAX_ITER", "2", "SOLVER.IMS_PER_BATCH", "2"]
-    process = subprocess.run([*command, "3", *short], cwd=ROOT, capture_output=True, text=True)
+    process = run(tmp_path, "train", "--config-file", CONFIG, *short, *options, "3")
     assert results(process).keys() == {"bbox", "segm"}
-    process = subprocess.run([*command, "5"], cwd=ROOT, capture_output=True, text=True)
+    process = run(tmp_path, "train", "--config-file", CONFIG, *short, *options, "5")
     assert process.returncode != 0 and "Starting training" not in process.stdout
     assert f"{files}: has 3 classes" in process.stderr and "MODEL.ROI_HEADS.NUM_CLASSES is 5" in process.stderr
 
 
-def test_there_are_quick_start_configs():
-    assert ROOT / CONFIG in QUICK_START
+# Of each command, its options and what it prints or writes; {run} is a training run, {image} a picture.
+COMMANDS = {
+    "analyze_model": (f"{CONFIG} --size 64 96", "| mask_rcnn_small_mdconv_c3-c5 | 1."),
+    "analyze_support": (
+        "--runs ours={run} --input {image} --at 40,30 --cell 64 --levels 1 --bound 0.9 --output nodes",
+        "nodes/image_nodes.png",
+    ),
+    "collect_env": ("", "{installed}/dcnv2_d2/_C"),
+    "convert_checkpoint": ("{folder}/blocks.pth converted", "converted/blocks.pth"),
+    "demo": (f"--config-file {CONFIG} --input {{image}} --opts MODEL.WEIGHTS {{run}}/model_final.pth", "1 image"),
+    "export_model": (
+        f"--config-file {CONFIG} --output model.pt2 --opts MODEL.WEIGHTS {{run}}/model_final.pth",
+        "model.pt2",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_command(name, run, installed, trained, tmp_path):
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (96, 128, 3), np.uint8)).save(tmp_path / "image.png")
+    torch.save({"a.p_conv.weight": torch.ones(18, 1, 3, 3), "a.p_conv.bias": torch.ones(18),
+                "a.conv.weight": torch.ones(1, 1, 3, 3)}, tmp_path / "blocks.pth")  # fmt: skip
+    (tmp_path / "empty").mkdir()
+    places = {"run": trained[0] / RUN, "image": tmp_path / "image.png", "folder": tmp_path, "installed": installed}
+    options, expected = (text.format(**places) for text in COMMANDS[name])
+    process = run(tmp_path / "empty", name, *options.split())
+    assert process.returncode == 0 and expected in process.stdout, process.stdout + process.stderr
+
+
+def test_each_command_is_tested():
+    commands = {path.stem for path in (ROOT / "dcnv2_d2").glob("*.py") if "__main__" in path.read_text()}
+    assert commands == {"train", *COMMANDS}
+
+
+def test_a_checkout_that_hides_the_installed_package_says_so(installed, tmp_path):
+    shutil.copytree(ROOT / "dcnv2_d2", tmp_path / "dcnv2_d2", ignore=shutil.ignore_patterns("_C.*", "__pycache__"))
+    # Where the tests run from an editable install, its finder would lend its compiled operators.
+    code = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if 'editable' not in getattr(f, '__module__', '')]"
+    code += "; from dcnv2_d2.ops import _extension; print(_extension.error)"
+    command = [sys.executable, "-c", code]
+    process = subprocess.run(
+        command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, capture_output=True, text=True
+    )
+    assert f"the folder dcnv2_d2 in {tmp_path}, which has no compiled operators, hides the" in process.stdout
+    assert f"installed package in {installed}; run in another folder, or in the project's folder: pip" in process.stdout
 
 
 @pytest.mark.parametrize("path", QUICK_START, ids=lambda path: path.stem)
