@@ -49,7 +49,7 @@ def decide_cuda():
 def extension():
     sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     # No -std (torch chooses), no -march (wheels travel; the kernels dispatch by themselves), no debug symbols.
-    cxx = ["-O3", "-g0"] if os.name != "nt" else ["/O2"]
+    cxx = ["-O3", "-fno-trapping-math", "-g0"] if os.name != "nt" else ["/O2"]
     # Without OpenMP at::parallel_for silently runs on one thread.
     openmp = ["-fopenmp"] if os.name != "nt" else ["/openmp"]
     compile_args = {"cxx": cxx + openmp}

@@ -42,23 +42,22 @@ DCNV2_HOST_DEVICE index_t floor_to_index(scalar_t value) {
 }
 
 // The rule of deformable convolution: zero at y <= -1, x <= -1, y >= height or x >= width, with zero derivative; in
-// between each neighbour outside the map counts as zero. NaN and infinite coordinates are outside: the test comes
-// before any conversion to an integer.
+// between each neighbour outside the map counts as zero. NaN and infinite coordinates are outside: they are replaced
+// before any conversion to an integer. Without branches, so that a loop over samples can be vectorised.
 template <typename scalar_t, typename index_t>
 DCNV2_HOST_DEVICE BilinearSample<scalar_t, index_t> sample_zero_padded(
     scalar_t y, scalar_t x, index_t height, index_t width) {
-  const index_t outside = height * width;
-  if (!(y > -1 && y < scalar_t(height) && x > -1 && x < scalar_t(width))) {
-    return {{outside, outside, outside, outside}, 0, 0};
-  }
-  const index_t y_low = floor_to_index<index_t>(y), x_low = floor_to_index<index_t>(x);
-  const bool top = y_low >= 0, left = x_low >= 0, bottom = y_low + 1 < height, right = x_low + 1 < width;
-  const index_t first = y_low * width + x_low;
+  const bool inside = (y > -1) & (y < scalar_t(height)) & (x > -1) & (x < scalar_t(width));
+  const scalar_t y_in = inside ? y : scalar_t(0), x_in = inside ? x : scalar_t(0);
+  const index_t y_low = floor_to_index<index_t>(y_in), x_low = floor_to_index<index_t>(x_in);
+  const bool top = inside & (y_low >= 0), bottom = inside & (y_low + 1 < height);
+  const bool left = x_low >= 0, right = x_low + 1 < width;
+  const index_t outside = height * width, first = y_low * width + x_low;
   return {
-      {top && left ? first : outside, top && right ? first + 1 : outside, bottom && left ? first + width : outside,
-       bottom && right ? first + width + 1 : outside},
-      y - scalar_t(y_low),
-      x - scalar_t(x_low)};
+      {top & left ? first : outside, top & right ? first + 1 : outside, bottom & left ? first + width : outside,
+       bottom & right ? first + width + 1 : outside},
+      y_in - scalar_t(y_low),
+      x_in - scalar_t(x_low)};
 }
 
 // One axis of a sample that is clamped into the map. In a clamped direction the two neighbours coincide, which makes

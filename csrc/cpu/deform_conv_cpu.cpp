@@ -1,401 +1,321 @@
 // Deformable convolution on the CPU, forward and backward.
 //
-// Channels are taken in slabs and output pixels in tiles. A slab of one image is laid out channels last; a tile of it
-// is sampled into columns that stay in the cache, which one matrix product of torch's own multiplies with the slab's
-// weights. So memory beyond the results is bounded, whatever the size of the image or the batch. In the backward pass
-// each thread owns a block of channels of the input gradient, so nothing is atomic and every run gives the same bits.
+// A thread samples a tile of output pixels into columns that stay in its cache, some channels at a time, and multiplies
+// them there and then with a product of our own (product.h): one parallel loop, nothing shared, no call of a library.
+// Forward, threads share out the output pixels. Backward, they share out blocks of channels (and strips of output
+// pixels, where the blocks are few): a task owns its channels of the input's and of the weight's gradient, so nothing
+// is atomic. What tasks have in common is added up when all are done. Every sum has one order, which the shape of the
+// call decides: equal inputs give equal bits, whatever the number of threads.
+//
+// deform_conv_plan.h says how a call is cut into pieces, deform_conv_tiles.h has what is done with one. The latter is
+// compiled for several instruction sets, of which isa.h chooses.
 #include <ATen/ATen.h>
-#include <ATen/autocast_mode.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <array>
 #include <tuple>
-#include <type_traits>
-#include <vector>
 
 #include "bilinear.h"
 #include "cpu/channels_last.h"
+#include "cpu/deform_conv_plan.h"
+#include "cpu/isa.h"
 #include "deform_conv.h"
+
+#define DCNV2_ISA plain
+#define DCNV2_VECTOR_BYTES 16
+#define DCNV2_BFLOAT16_PAIRS 0
+#include "cpu/vectors.h"
+//
+#include "cpu/product.h"
+//
+#include "cpu/deform_conv_tiles.h"
+
+#if defined(DCNV2_X86_ISAS)
+#include <immintrin.h>
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+#undef DCNV2_ISA
+#undef DCNV2_VECTOR_BYTES
+#define DCNV2_ISA avx2
+#define DCNV2_VECTOR_BYTES 32
+#include "cpu/vectors.h"
+//
+#include "cpu/product.h"
+//
+#include "cpu/deform_conv_tiles.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+#undef DCNV2_ISA
+#undef DCNV2_VECTOR_BYTES
+#define DCNV2_ISA avx512
+#define DCNV2_VECTOR_BYTES 64
+#include "cpu/vectors.h"
+//
+#include "cpu/product.h"
+//
+#include "cpu/deform_conv_tiles.h"
+#pragma GCC pop_options
+
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512,avx512bf16")
+#undef DCNV2_ISA
+#undef DCNV2_BFLOAT16_PAIRS
+#define DCNV2_ISA avx512_bf16
+#define DCNV2_BFLOAT16_PAIRS 1
+#include "cpu/vectors.h"
+//
+#include "cpu/product.h"
+//
+#include "cpu/deform_conv_tiles.h"
+#pragma GCC pop_options
+#endif
 
 namespace dcnv2::cpu {
 namespace {
 
+bool is_channels_last(const at::Tensor& t) { return t.suggest_memory_format() == at::MemoryFormat::ChannelsLast; }
+
+at::Tensor dense(const at::Tensor& t) { return t.contiguous(t.suggest_memory_format()); }
+
 template <typename acc_t>
-using Sample = ModulatedSample<acc_t>;
+at::Tensor as(const at::Tensor& t) {
+  return t.to(c10::CppTypeToScalarType<acc_t>::value).contiguous();
+}
 
-// A run of a slab's channels that share their convolution group, their offset group and, in the backward pass, a
-// thread.
-struct ChannelBlock {
-  int64_t begin, size;  // in the slab
-  int64_t offset_group;
-  int64_t column_offset;  // in units of (pixels * taps): where the columns of its convolution group begin
-  int64_t column_stride;  // channels that the slab holds of its convolution group
-  int64_t column_begin;   // the block's first channel among those
-};
+template <typename value_t>
+Weight<value_t> weight_of(const at::Tensor& t, value_t* data) {
+  const int64_t channels = t.size(1), taps = t.size(2) * t.size(3);
+  const bool last = is_channels_last(t);
+  return {data, channels * taps, last ? 1 : taps, last ? channels : 1};
+}
 
-// The channels of one convolution group that a slab holds: one matrix product.
-struct GroupPart {
-  int64_t begin, size;   // in the slab
-  int64_t weight_begin;  // first input channel in the weight
-  int64_t output_begin;  // first output channel
-};
+constexpr int64_t grain = 1 << 15;  // elements that make it worth to wake another thread
 
-struct Slab {
-  int64_t begin, size;  // channels of the input
-  std::vector<GroupPart> parts;
-  std::vector<ChannelBlock> blocks;
-};
+template <typename scalar_t, typename map_t, typename acc_t, typename factor_t>
+at::Tensor forward(
+    const DeformConvKernels<scalar_t, map_t, acc_t, factor_t>& kernels, const DeformConvShape& s,
+    const at::Tensor& input_, const at::Tensor& offset_, const at::Tensor& weight_,
+    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask_) {
+  const at::Tensor input = dense(input_), weight = dense(weight_), offset = as<acc_t>(offset_);
+  const at::Tensor mask = mask_.has_value() ? as<acc_t>(*mask_) : at::Tensor();
+  const bool last = is_channels_last(input);
+  const at::Tensor output = at::empty(
+      {s.batch, s.out_channels, s.out_height, s.out_width}, input.options(), input.suggest_memory_format());
+  if (output.numel() == 0) return output;
+  advise_large_pages(output);
 
-std::vector<Slab> make_slabs(const DeformConvShape& s, int64_t slab_channels, int64_t block_channels) {
-  const int64_t per_group = s.in_channels / s.groups, per_offset_group = s.in_channels / s.offset_groups;
-  const int64_t outputs = s.out_channels / s.groups;
-  std::vector<Slab> slabs;
-  for (int64_t begin = 0; begin < s.in_channels; begin += slab_channels) {
-    const int64_t end = std::min(begin + slab_channels, s.in_channels);
-    Slab slab{begin, end - begin, {}, {}};
-    for (int64_t c = begin; c < end;) {
-      const int64_t group = c / per_group, part_end = std::min(end, (group + 1) * per_group);
-      slab.parts.push_back({c - begin, part_end - c, c - group * per_group, group * outputs});
-      for (int64_t b = c; b < part_end;) {
-        const int64_t offset_group = b / per_offset_group;
-        const int64_t block_end = std::min({part_end, (offset_group + 1) * per_offset_group, b + block_channels});
-        slab.blocks.push_back({b - begin, block_end - b, offset_group, c - begin, part_end - c, b - c});
-        b = block_end;
+  at::Tensor map = input;
+  int64_t map_stride = s.in_channels;
+  if (!last || !std::is_same_v<scalar_t, map_t>) {
+    map_stride += 16;  // against conflicts in the cache
+    map = at::empty(
+        {s.batch, s.in_pixels(), map_stride}, input.options().dtype(c10::CppTypeToScalarType<map_t>::value));
+    advise_large_pages(map);
+    const Images<map_t> to{map.data_ptr<map_t>(), s.in_pixels() * map_stride, 1, map_stride};
+    const auto from = images(input.const_data_ptr<scalar_t>(), s.in_channels, s.in_pixels(), last);
+    at::parallel_for(0, s.batch * s.in_height, ceil_div(grain, s.in_channels * s.in_width), [&](int64_t begin, int64_t end) {
+      kernels.lay_out_rows(s, to, from, begin, end);
+    });
+  }
+  const int64_t outputs = s.out_channels / s.groups, padded = rounded_up(outputs, kernels.lanes);
+  const Buffer<acc_t> start = zeros<acc_t>(s.groups * padded);
+  for (int64_t o = 0; o < s.out_channels && bias.has_value(); ++o) {
+    start.data()[o / outputs * padded + o % outputs] = static_cast<acc_t>(bias->const_data_ptr<scalar_t>()[o * bias->stride(0)]);
+  }
+  const Buffer<map_t> outside = zeros<map_t>(forward_channels);
+  const std::vector<Block> blocks = blocks_of(s, forward_channels);
+  const int64_t panels = ceil_div(outputs, kernels.panel), columns = s.in_channels * s.taps();
+  const Buffer<factor_t> weights(columns * panels * kernels.panel / kernels.pair);
+  const ForwardCall<scalar_t, map_t, acc_t, factor_t> call{
+      s, blocks, map.const_data_ptr<map_t>(), map_stride, outside.data(), offset.const_data_ptr<acc_t>(),
+      mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr, start.data(),
+      weight_of(weight, weight.const_data_ptr<scalar_t>()), weights.data(),
+      images(output.data_ptr<scalar_t>(), s.out_channels, s.out_pixels(), last)};
+  at::parallel_for(
+      0, blocks.size() * panels, ceil_div(grain, kernels.panel * forward_channels * s.taps()),
+      [&](int64_t begin, int64_t end) { kernels.pack_weights(call, begin, end); });
+  const TileRows rows(s);
+  at::parallel_for(0, s.batch * s.out_pixels(), ceil_div(grain, columns), [&](int64_t begin, int64_t end) {
+    kernels.forward_rows(call, rows.row_at(begin), rows.row_at(end));
+  });
+  return output;
+}
+
+using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+// Adds up the windows of the gradient of the input that tasks left, over images that several strips share.
+template <typename scalar_t, typename acc_t>
+void add_windows(
+    const BackwardCall<scalar_t, acc_t>& call, const std::vector<Strip>& strips, const std::vector<Block>& blocks,
+    const std::vector<Leftovers<acc_t>>& left) {
+  struct Piece {
+    int64_t image, strip, window;
+  };
+  std::vector<Piece> pieces;
+  std::vector<int64_t> first;  // piece of each image
+  for (size_t i = 0; i < strips.size(); ++i) {
+    int64_t window = 0;
+    for (const Part& part : strips[i].parts) {
+      if (part.whole) continue;
+      if (pieces.empty() || pieces.back().image != part.image) first.push_back(pieces.size());
+      pieces.push_back({part.image, static_cast<int64_t>(i), window++});
+    }
+  }
+  const int64_t count = blocks.size(), height = call.s.in_height, width = call.s.in_width;
+  at::parallel_for(0, first.size() * count * height, 8, [&](int64_t begin, int64_t end) {
+    const Buffer<acc_t> sums(width * backward_channels);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t y = item % height, b = item / height % count, channels = blocks[b].channels;
+      size_t i = first[item / height / count];
+      const int64_t image = pieces[i].image;
+      std::fill_n(sums.data(), width * channels, acc_t(0));
+      for (; i < pieces.size() && pieces[i].image == image; ++i) {
+        const auto& window = left[pieces[i].strip * count + b].windows[pieces[i].window];
+        if (y < window.begin || y >= window.end) continue;
+        const acc_t* const row = window.rows.data() + (y - window.begin) * width * channels;
+        for (int64_t j = 0; j < width * channels; ++j) sums.data()[j] += row[j];
       }
-      c = part_end;
+      from_channels_last(
+          call.input_grad.at(image, blocks[b].channel, y * width), sums.data(), width, channels,
+          call.input_grad.channel, call.input_grad.pixel);
     }
-    slabs.push_back(std::move(slab));
-  }
-  return slabs;
+  });
 }
 
-// Fills samples [pixels, taps, offset groups] for the pixels begin .. end of the tile of one image that starts at
-// `first`.
-template <typename acc_t>
-void locate_samples(
-    Sample<acc_t>* samples, const DeformConvShape& s, const acc_t* offset, const acc_t* mask, int64_t first,
-    int64_t begin, int64_t end) {
-  const int64_t taps = s.taps();
-  for (int64_t p = begin; p < end; ++p) {
-    const int64_t pixel = first + p, ho = pixel / s.out_width, wo = pixel % s.out_width;
-    for (int64_t k = 0; k < taps; ++k) {
-      const int64_t tap_y = s.tap_y(ho, k / s.kernel_w), tap_x = s.tap_x(wo, k % s.kernel_w);
-      for (int64_t g = 0; g < s.offset_groups; ++g) {
-        samples[(p * taps + k) * s.offset_groups + g] =
-            locate_sample(s, offset, mask, g * taps + k, pixel, tap_y, tap_x);
-      }
-    }
-  }
-}
-
-// columns, per convolution group [pixels, taps, channels] = mask * interpolated value, for the pixels begin .. end of a
-// tile. `map` [H * W + 1, slab channels], its last row zeros.
-template <typename acc_t, typename column_t>
-DCNV2_MULTIVERSION void sample_columns(
-    column_t* columns, const acc_t* map, const Sample<acc_t>* samples, const Slab& slab, int64_t taps,
-    int64_t offset_groups, int64_t pixels, int64_t begin, int64_t end) {
-  for (int64_t row = begin * taps; row < end * taps; ++row) {
-    for (const ChannelBlock& block : slab.blocks) {
-      const Sample<acc_t>& sample = samples[row * offset_groups + block.offset_group];
-      acc_t w[4];
-      sample.column_weights(w);
-      const acc_t w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-      const acc_t* v0 = map + int64_t(sample.index[0]) * slab.size + block.begin;
-      const acc_t* v1 = map + int64_t(sample.index[1]) * slab.size + block.begin;
-      const acc_t* v2 = map + int64_t(sample.index[2]) * slab.size + block.begin;
-      const acc_t* v3 = map + int64_t(sample.index[3]) * slab.size + block.begin;
-      column_t* column = columns + block.column_offset * pixels * taps + row * block.column_stride + block.column_begin;
-      DCNV2_SIMD
-      for (int64_t c = 0; c < block.size; ++c) {
-        column[c] = static_cast<column_t>(w0 * v0[c] + w1 * v1[c] + w2 * v2[c] + w3 * v3[c]);
-      }
-    }
-  }
-}
-
-// One channel block's share of the backward pass over a tile. On entry `columns` holds the gradient of the columns, on
-// exit the columns themselves; the gradient of the map is added to; dots [pixels * taps, 4] become the dot products,
-// over the block's channels, of the column gradient with each neighbour. `map_grad` has the layout of `map`; its last
-// row takes what falls outside.
-template <typename acc_t, typename column_t>
-DCNV2_MULTIVERSION void backward_block(
-    column_t* columns, acc_t* map_grad, acc_t* dots, const acc_t* map, const Sample<acc_t>* samples, const Slab& slab,
-    const ChannelBlock& block, int64_t taps, int64_t offset_groups, int64_t pixels) {
-  for (int64_t row = 0; row < pixels * taps; ++row) {
-    const Sample<acc_t>& sample = samples[row * offset_groups + block.offset_group];
-    acc_t w[4];
-    sample.column_weights(w);
-    const acc_t w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
-    const int64_t i0 = int64_t(sample.index[0]) * slab.size + block.begin,
-                  i1 = int64_t(sample.index[1]) * slab.size + block.begin;
-    const int64_t i2 = int64_t(sample.index[2]) * slab.size + block.begin,
-                  i3 = int64_t(sample.index[3]) * slab.size + block.begin;
-    const acc_t *v0 = map + i0, *v1 = map + i1, *v2 = map + i2, *v3 = map + i3;
-    acc_t *d0 = map_grad + i0, *d1 = map_grad + i1, *d2 = map_grad + i2, *d3 = map_grad + i3;
-    column_t* column = columns + block.column_offset * pixels * taps + row * block.column_stride + block.column_begin;
-    acc_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-    DCNV2_SIMD_SUM(s0, s1, s2, s3)
-    for (int64_t c = 0; c < block.size; ++c) {
-      const acc_t g = static_cast<acc_t>(column[c]);
-      const acc_t a0 = v0[c], a1 = v1[c], a2 = v2[c], a3 = v3[c];
-      column[c] = static_cast<column_t>(w0 * a0 + w1 * a1 + w2 * a2 + w3 * a3);
-      s0 += g * a0;
-      s1 += g * a1;
-      s2 += g * a2;
-      s3 += g * a3;
-      d0[c] += w0 * g;
-      d1[c] += w1 * g;
-      d2[c] += w2 * g;
-      d3[c] += w3 * g;
-    }
-    acc_t* dot = dots + row * 4;
-    dot[0] = s0, dot[1] = s1, dot[2] = s2, dot[3] = s3;
-  }
-}
-
-// Adds a tile's dot products, block by block in a fixed order, to the gradients of offset and mask of one image.
-template <typename acc_t>
-void add_sample_gradients(
-    acc_t* offset_grad, acc_t* mask_grad, const acc_t* dots, const Sample<acc_t>* samples, const Slab& slab,
-    const DeformConvShape& s, int64_t first, int64_t pixels) {
-  const int64_t taps = s.taps(), out_pixels = s.out_pixels(), rows = pixels * taps;
-  at::parallel_for(0, pixels, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      for (int64_t k = 0; k < taps; ++k) {
-        const int64_t row = p * taps + k;
-        for (size_t b = 0; b < slab.blocks.size();) {
-          const int64_t g = slab.blocks[b].offset_group;
-          acc_t sum[4] = {0, 0, 0, 0};
-          for (; b < slab.blocks.size() && slab.blocks[b].offset_group == g; ++b) {
-            for (int i = 0; i < 4; ++i) sum[i] += dots[(b * rows + row) * 4 + i];
+// Adds up the strips' gradients of the weight and stores them.
+template <typename scalar_t, typename acc_t>
+void add_weight_grads(
+    const BackwardCall<scalar_t, acc_t>& call, int64_t strips, const std::vector<Block>& blocks,
+    const std::vector<Leftovers<acc_t>>& left) {
+  const int64_t outputs = call.s.out_channels / call.s.groups, taps = call.s.taps();
+  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t o = 0; o < outputs; ++o) {
+        for (int64_t k = 0; k < taps; ++k) {
+          const int64_t at = (k / chunk_taps * rounded_up(outputs, 2) + o) * backward_width + k % chunk_taps * blocks[b].channels;
+          scalar_t* const to = call.weight_grad.data + (blocks[b].output + o) * call.weight_grad.output +
+                               blocks[b].channel_in_group * call.weight_grad.channel + k * call.weight_grad.tap;
+          for (int64_t c = 0; c < blocks[b].channels; ++c) {
+            acc_t sum = left[b].weight_grad.data()[at + c];
+            for (int64_t i = 1; i < strips; ++i) sum += left[i * blocks.size() + b].weight_grad.data()[at + c];
+            to[c * call.weight_grad.channel] = static_cast<scalar_t>(sum);
           }
-          acc_t by_y, by_x, by_mask;
-          samples[row * s.offset_groups + g].derivatives(sum, by_y, by_x, by_mask);
-          acc_t* at = offset_grad + (g * taps + k) * 2 * out_pixels + first + p;
-          at[0] += by_y;
-          at[out_pixels] += by_x;
-          if (mask_grad) mask_grad[(g * taps + k) * out_pixels + first + p] += by_mask;
         }
       }
     }
   });
 }
 
-// The tensors of one call in the types and layouts that the loops want.
-template <typename scalar_t, typename acc_t, typename column_t>
-struct Call {
-  const DeformConvShape& s;
-  at::Tensor input;         // contiguous, NCHW or NHWC, as it came
-  at::Tensor offset, mask;  // contiguous, acc_t; mask may be undefined
-  at::ScalarType column_type = c10::CppTypeToScalarType<column_t>::value;
-  at::TensorOptions acc_options, column_options;
-  int64_t slab_channels, tile;
-
-  Call(
-      const DeformConvShape& shape, const at::Tensor& input_, const at::Tensor& offset_,
-      const std::optional<at::Tensor>& mask_, int64_t least_channels)
-      : s(shape), input(input_.contiguous(input_.suggest_memory_format())) {
-    acc_options = at::TensorOptions().dtype(c10::CppTypeToScalarType<acc_t>::value);
-    column_options = acc_options.dtype(column_type);
-    offset = offset_.to(acc_options).contiguous();
-    if (mask_.has_value()) mask = mask_->to(acc_options).contiguous();
-    plan(least_channels);
-  }
-
-  // Chooses how many channels make a slab and how many pixels a tile, so that beside the results a call needs about a
-  // tenth of the memory that the columns of one whole image would take: two thirds of it for the slab's map and
-  // weights.
-  void plan(int64_t least_channels) {
-    const int64_t budget = s.taps() * s.in_channels * s.out_pixels() * sizeof(column_t) / 12;
-    const int64_t per_channel = (s.in_pixels() + s.taps() * s.out_channels / s.groups) * sizeof(acc_t);
-    slab_channels = budget * 2 / 3 / per_channel / 16 * 16;
-    slab_channels = std::clamp(slab_channels, least_channels, std::max<int64_t>(least_channels, 128));
-    // Half columns are multiplied once, so that nothing is rounded between slabs.
-    if (!std::is_same_v<column_t, acc_t>) slab_channels = s.in_channels;
-    slab_channels = std::min(slab_channels, s.in_channels);
-    const int64_t tile_bytes = std::clamp<int64_t>(budget / 3, 1 << 18, 1 << 22);
-    tile = tile_bytes / (s.taps() * slab_channels * static_cast<int64_t>(sizeof(column_t)));
-    tile = std::min(std::max<int64_t>(tile, 64), s.out_pixels());
-  }
-
-  const acc_t* offset_of(int64_t n) const { return offset.const_data_ptr<acc_t>() + n * offset.stride(0); }
-  const acc_t* mask_of(int64_t n) const {
-    return mask.defined() ? mask.const_data_ptr<acc_t>() + n * mask.stride(0) : nullptr;
-  }
-
-  // map [H * W + 1, slab channels], the last row zeros
-  void load_map(at::Tensor& map, int64_t n, const Slab& slab) const {
-    const bool last = input.stride(1) == 1;
-    to_channels_last(
-        map.data_ptr<acc_t>(), input.const_data_ptr<scalar_t>() + n * input.stride(0) + slab.begin * input.stride(1),
-        s.in_pixels(), slab.size, input.stride(1), last ? s.in_channels : 1);
-  }
-
-  // Per part [O / groups, taps * channels]
-  std::vector<at::Tensor> slab_weights(const at::Tensor& weight, const Slab& slab) const {
-    std::vector<at::Tensor> weights;
-    for (const GroupPart& part : slab.parts) {
-      weights.push_back(weight.narrow(0, part.output_begin, s.out_channels / s.groups)
-                            .narrow(1, part.weight_begin, part.size)
-                            .permute({0, 2, 3, 1})
-                            .to(column_type)
-                            .contiguous()
-                            .flatten(1));
-    }
-    return weights;
-  }
-
-  // The part's columns of a tile [pixels, taps * channels]
-  at::Tensor part_columns(const at::Tensor& columns, const GroupPart& part, int64_t pixels) const {
-    const int64_t width = s.taps() * part.size;
-    return columns.narrow(0, part.begin * s.taps() * pixels, width * pixels).view({pixels, width});
-  }
-
-  // The part's outputs of a tile [O / groups, pixels], of one image
-  at::Tensor part_outputs(const at::Tensor& image, const GroupPart& part, int64_t first, int64_t pixels) const {
-    return image.flatten(1).narrow(0, part.output_begin, s.out_channels / s.groups).narrow(1, first, pixels);
-  }
-};
-
-template <typename scalar_t, typename acc_t, typename column_t>
-at::Tensor forward(
-    const DeformConvShape& s, const at::Tensor& input, const at::Tensor& offset, const at::Tensor& weight,
-    const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& mask) {
-  const Call<scalar_t, acc_t, column_t> call(s, input, offset, mask, 32);
-  at::Tensor output = at::empty(
-      {s.batch, s.out_channels, s.out_height, s.out_width}, call.column_options, input.suggest_memory_format());
-  if (bias.has_value()) {
-    output.copy_(bias->view({1, -1, 1, 1}).expand_as(output));
-  } else {
-    output.zero_();
-  }
-
-  at::Tensor columns = at::empty({call.tile * s.taps() * call.slab_channels}, call.column_options);
-  std::vector<Sample<acc_t>> samples(call.tile * s.taps() * s.offset_groups);
-  for (const Slab& slab : make_slabs(s, call.slab_channels, call.slab_channels)) {
-    const std::vector<at::Tensor> weights = call.slab_weights(weight, slab);
-    at::Tensor map = at::zeros({s.in_pixels() + 1, slab.size}, call.acc_options);
-    for (int64_t n = 0; n < s.batch; ++n) {
-      call.load_map(map, n, slab);
-      const at::Tensor image = output.select(0, n);
-      for (int64_t first = 0; first < s.out_pixels(); first += call.tile) {
-        const int64_t pixels = std::min(call.tile, s.out_pixels() - first);
-        at::parallel_for(0, pixels, 16, [&](int64_t begin, int64_t end) {
-          locate_samples(samples.data(), s, call.offset_of(n), call.mask_of(n), first, begin, end);
-          sample_columns<acc_t, column_t>(
-              columns.data_ptr<column_t>(), map.const_data_ptr<acc_t>(), samples.data(), slab, s.taps(),
-              s.offset_groups, pixels, begin, end);
-        });
-        for (size_t i = 0; i < slab.parts.size(); ++i) {
-          call.part_outputs(image, slab.parts[i], first, pixels)
-              .addmm_(weights[i], call.part_columns(columns, slab.parts[i], pixels).t());
+// Adds the gradients of offset and mask that tasks left to what others have put into the results.
+template <typename scalar_t, typename acc_t>
+void add_sample_grads(
+    const BackwardCall<scalar_t, acc_t>& call, const std::vector<Strip>& strips, const std::vector<Block>& blocks,
+    const std::vector<Leftovers<acc_t>>& left) {
+  const DeformConvShape& s = call.s;
+  const int64_t taps = s.taps(), planes = call.mask_grad ? 3 * taps : 2 * taps;
+  at::parallel_for(0, strips.size() * planes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) {
+      const Strip& strip = strips[item / planes];
+      const int64_t plane = item % planes;
+      for (size_t b = 0; b < blocks.size(); ++b) {
+        const Buffer<acc_t>& buffer = left[item / planes * blocks.size() + b].sample_grads;
+        if (!buffer.data()) continue;
+        for (const Part& part : strip.parts) {
+          const int64_t own = part.image * s.offset_groups + blocks[b].offset_group;
+          acc_t* const to = plane < 2 * taps ? call.offset_grad + (own * 2 * taps + plane) * s.out_pixels()
+                                             : call.mask_grad + (own * taps + plane - 2 * taps) * s.out_pixels();
+          const acc_t* const from = buffer.data() + plane * strip.pixels + part.before;
+          const int64_t width = s.out_width;
+          for (int64_t p = 0; p < (part.end - part.begin) * width; ++p) to[part.begin * width + p] += from[p];
         }
       }
     }
-  }
-  return output.to(input.scalar_type());
+  });
 }
 
-using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
-
-template <typename scalar_t, typename acc_t, typename column_t>
+template <typename scalar_t, typename map_t, typename acc_t, typename factor_t>
 Gradients backward(
-    const DeformConvShape& s, const at::Tensor& grad_, const at::Tensor& input, const at::Tensor& offset,
-    const at::Tensor& weight, const std::optional<at::Tensor>& mask, std::array<bool, 4> wanted) {
-  // Each thread gets a block of channels of the slab.
-  const int64_t threads = at::get_num_threads();
-  const Call<scalar_t, acc_t, column_t> call(s, input, offset, mask, 32 * threads);
-  const int64_t block_channels = ((call.slab_channels + threads - 1) / threads + 15) / 16 * 16;
-  const at::Tensor grad = grad_.to(call.column_type).contiguous(grad_.suggest_memory_format());
-  at::Tensor input_grad = at::empty_like(call.input);
-  at::Tensor weight_grad = at::empty(weight.sizes(), weight.options());
-  at::Tensor offset_grad = at::zeros_like(call.offset);
-  at::Tensor mask_grad = call.mask.defined() ? at::zeros_like(call.mask) : at::empty({0}, call.acc_options);
-
-  at::Tensor columns = at::empty({call.tile * s.taps() * call.slab_channels}, call.column_options);
-  std::vector<Sample<acc_t>> samples(call.tile * s.taps() * s.offset_groups);
-  for (const Slab& slab : make_slabs(s, call.slab_channels, block_channels)) {
-    const std::vector<at::Tensor> weights = call.slab_weights(weight, slab);
-    std::vector<at::Tensor> weight_grads;
-    for (const at::Tensor& w : weights) weight_grads.push_back(at::zeros(w.sizes(), call.acc_options));
-    at::Tensor map = at::zeros({s.in_pixels() + 1, slab.size}, call.acc_options), map_grad = at::empty_like(map);
-    std::vector<acc_t> dots(slab.blocks.size() * call.tile * s.taps() * 4);
-    for (int64_t n = 0; n < s.batch; ++n) {
-      call.load_map(map, n, slab);
-      map_grad.zero_();
-      const at::Tensor image_grad = grad.select(0, n);
-      for (int64_t first = 0; first < s.out_pixels(); first += call.tile) {
-        const int64_t pixels = std::min(call.tile, s.out_pixels() - first);
-        at::parallel_for(0, pixels, 16, [&](int64_t begin, int64_t end) {
-          locate_samples(samples.data(), s, call.offset_of(n), call.mask_of(n), first, begin, end);
-        });
-        for (size_t i = 0; i < slab.parts.size(); ++i) {
-          at::Tensor part = call.part_columns(columns, slab.parts[i], pixels);
-          at::mm_out(part, call.part_outputs(image_grad, slab.parts[i], first, pixels).t(), weights[i]);
-        }
-        at::parallel_for(0, slab.blocks.size(), 1, [&](int64_t begin, int64_t end) {
-          for (int64_t b = begin; b < end; ++b) {
-            backward_block<acc_t, column_t>(
-                columns.data_ptr<column_t>(), map_grad.data_ptr<acc_t>(), dots.data() + b * pixels * s.taps() * 4,
-                map.const_data_ptr<acc_t>(), samples.data(), slab, slab.blocks[b], s.taps(), s.offset_groups, pixels);
-          }
-        });
-        add_sample_gradients(
-            offset_grad.data_ptr<acc_t>() + n * offset_grad.stride(0),
-            call.mask.defined() ? mask_grad.data_ptr<acc_t>() + n * mask_grad.stride(0) : nullptr, dots.data(),
-            samples.data(), slab, s, first, pixels);
-        if (!wanted[2]) continue;
-        for (size_t i = 0; i < slab.parts.size(); ++i) {
-          const at::Tensor part_grad = call.part_outputs(image_grad, slab.parts[i], first, pixels);
-          const at::Tensor part = call.part_columns(columns, slab.parts[i], pixels);
-          if constexpr (std::is_same_v<column_t, acc_t>) {
-            weight_grads[i].addmm_(part_grad, part);
-          } else {
-            weight_grads[i] += at::mm(part_grad, part);
-          }
-        }
-      }
-      from_channels_last(
-          input_grad.data_ptr<scalar_t>() + n * input_grad.stride(0) + slab.begin * input_grad.stride(1),
-          map_grad.const_data_ptr<acc_t>(), s.in_pixels(), slab.size, input_grad.stride(1),
-          input_grad.stride(1) == 1 ? s.in_channels : 1);
-    }
-    for (size_t i = 0; i < slab.parts.size(); ++i) {
-      const GroupPart& part = slab.parts[i];
-      weight_grad.narrow(0, part.output_begin, s.out_channels / s.groups)
-          .narrow(1, part.weight_begin, part.size)
-          .copy_(weight_grads[i].view({-1, s.kernel_h, s.kernel_w, part.size}).permute({0, 3, 1, 2}));
-    }
-  }
+    const DeformConvKernels<scalar_t, map_t, acc_t, factor_t>& kernels, const DeformConvShape& s,
+    const at::Tensor& grad_, const at::Tensor& input_, const at::Tensor& offset_, const at::Tensor& weight_,
+    const std::optional<at::Tensor>& mask_, std::array<bool, 4> wanted) {
+  const at::Tensor grad = dense(grad_), input = dense(input_), weight = dense(weight_), offset = as<acc_t>(offset_);
+  const at::Tensor mask = mask_.has_value() ? as<acc_t>(*mask_) : at::Tensor();
+  wanted[3] = wanted[3] && mask.defined();
+  const bool by_sample = wanted[1] || wanted[3], last = is_channels_last(input);
   const at::Tensor none = at::empty({0}, input.options());
+  const at::Tensor input_grad = wanted[0] ? at::empty_like(input) : none;
+  const at::Tensor weight_grad = wanted[2] ? at::empty_like(weight) : none;
+  const at::Tensor offset_grad = by_sample ? at::zeros_like(offset) : none;
+  const at::Tensor mask_grad = by_sample && mask.defined() ? at::zeros_like(mask) : none;
+
+  const BackwardCall<scalar_t, acc_t> call{
+      s,
+      images(grad.const_data_ptr<scalar_t>(), s.out_channels, s.out_pixels(), is_channels_last(grad)),
+      images(input.const_data_ptr<scalar_t>(), s.in_channels, s.in_pixels(), last),
+      offset.const_data_ptr<acc_t>(),
+      mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr,
+      weight_of(weight, weight.const_data_ptr<scalar_t>()),
+      wanted[0],
+      by_sample,
+      wanted[2],
+      images(wanted[0] ? input_grad.data_ptr<scalar_t>() : nullptr, s.in_channels, s.in_pixels(), last),
+      by_sample ? offset_grad.data_ptr<acc_t>() : nullptr,
+      by_sample && mask.defined() ? mask_grad.data_ptr<acc_t>() : nullptr,
+      weight_of(weight, wanted[2] ? weight_grad.data_ptr<scalar_t>() : nullptr)};
+  const std::vector<Block> blocks = blocks_of(s, backward_channels);
+  const std::vector<Strip> strips = strips_of(s, blocks.size());
+  std::vector<Leftovers<acc_t>> left(strips.size() * blocks.size());
+  at::parallel_for(0, left.size(), 1, [&](int64_t begin, int64_t end) {
+    bool in_place = false;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t b = item % blocks.size();
+      // The blocks of a strip add to the same gradients of offset and mask: into the results as long as their order
+      // allows it, which is where one thread has them all from the first on.
+      in_place = in_place || b == 0 || blocks[b].offset_group != blocks[b - 1].offset_group;
+      kernels.backward_strip(call, strips[item / blocks.size()], blocks[b], in_place, left[item]);
+    }
+  });
+  if (wanted[0]) add_windows(call, strips, blocks, left);
+  if (wanted[2]) add_weight_grads(call, strips.size(), blocks, left);
+  if (by_sample) add_sample_grads(call, strips, blocks, left);
   return {
-      wanted[0] ? input_grad : none, wanted[1] ? offset_grad.to(offset.scalar_type()) : none,
-      wanted[2] ? weight_grad : none, wanted[3] && mask.has_value() ? mask_grad.to(mask->scalar_type()) : none};
+      input_grad, wanted[1] ? offset_grad.to(offset_.scalar_type()) : none, weight_grad,
+      wanted[3] ? mask_grad.to(mask_->scalar_type()) : none};
 }
 
-bool multiplies_bfloat16_fast() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  return __builtin_cpu_supports("avx512bf16");
-#else
-  return false;
-#endif
-}
-
-// Calls fn(scalar, accumulator, column) with a zero of each type. Half columns only where the processor multiplies them
-// fast.
+// Calls fn(kernels) with those for the type and this processor. bfloat16 is multiplied in pairs along the channels and
+// the outputs, where the processor can and both are even.
 template <typename fn_t>
-auto dispatch(at::ScalarType type, const fn_t& fn) {
+auto dispatch_kernels(const DeformConvShape& s, at::ScalarType type, const fn_t& fn) {
+  const bool even = s.in_channels / s.groups % 2 == 0 && s.in_channels / s.offset_groups % 2 == 0 &&
+                    s.out_channels / s.groups % 2 == 0;
+  const auto choose_isa = [&](auto scalar, auto map, auto acc) {
+    using scalar_t = decltype(scalar);
+    using map_t = decltype(map);
+    using acc_t = decltype(acc);
+#if defined(DCNV2_X86_ISAS)
+    if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
+      if (even && isa() == Isa::avx512_bf16) {
+        return fn(avx512_bf16::kernels<scalar_t, map_t, acc_t, scalar_t, Bfloat16Pair>());
+      }
+    }
+    if (isa() >= Isa::avx512) return fn(avx512::kernels<scalar_t, map_t, acc_t, acc_t, acc_t>());
+    if (isa() == Isa::avx2) return fn(avx2::kernels<scalar_t, map_t, acc_t, acc_t, acc_t>());
+#endif
+    return fn(plain::kernels<scalar_t, map_t, acc_t, acc_t, acc_t>());
+  };
   switch (type) {
     case at::kDouble:
-      return fn(double(), double(), double());
+      return choose_isa(double(), double(), double());
     case at::kFloat:
-      return fn(float(), float(), float());
+      return choose_isa(float(), float(), float());
     case at::kBFloat16:
-      if (multiplies_bfloat16_fast()) return fn(at::BFloat16(), float(), at::BFloat16());
-      return fn(at::BFloat16(), float(), float());
+      return choose_isa(at::BFloat16(), at::BFloat16(), float());
     case at::kHalf:
-      return fn(at::Half(), float(), float());
+      return choose_isa(at::Half(), float(), float());
     default:
       TORCH_CHECK_TYPE(false, "deform_conv2d: input must be float64, float32, bfloat16 or float16, got ", type);
   }
@@ -405,9 +325,8 @@ at::Tensor deform_conv2d(
     const at::Tensor& input, const at::Tensor& offset, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
     const std::optional<at::Tensor>& mask, at::IntArrayRef stride, at::IntArrayRef padding, at::IntArrayRef dilation) {
   const DeformConvShape s = check_deform_conv(input, offset, weight, bias, mask, stride, padding, dilation);
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return dispatch(input.scalar_type(), [&](auto scalar, auto acc, auto column) {
-    return forward<decltype(scalar), decltype(acc), decltype(column)>(s, input, offset, weight, bias, mask);
+  return dispatch_kernels(s, input.scalar_type(), [&](const auto& kernels) {
+    return forward(kernels, s, input, offset, weight, bias, mask);
   });
 }
 
@@ -417,9 +336,8 @@ Gradients deform_conv2d_backward(
     std::array<bool, 4> wanted) {
   const DeformConvShape s = check_deform_conv(input, offset, weight, std::nullopt, mask, stride, padding, dilation);
   check_grad("deform_conv2d", grad, input, {s.batch, s.out_channels, s.out_height, s.out_width}, "[N, O, Ho, Wo]");
-  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
-  return dispatch(input.scalar_type(), [&](auto scalar, auto acc, auto column) {
-    return backward<decltype(scalar), decltype(acc), decltype(column)>(s, grad, input, offset, weight, mask, wanted);
+  return dispatch_kernels(s, input.scalar_type(), [&](const auto& kernels) {
+    return backward(kernels, s, grad, input, offset, weight, mask, wanted);
   });
 }
 
