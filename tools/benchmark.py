@@ -15,13 +15,17 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 import torchvision
+from dcnv2_d2 import model_zoo
 from dcnv2_d2.ops import deform_conv2d, deform_roi_pool
+from detectron2.modeling import build_model
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 
 
 @dataclass(frozen=True)
@@ -84,7 +88,35 @@ def plain(row, input, offset, weight, bias, mask):
     return F.conv2d(input, weight, bias, row.stride, row.dilation, row.dilation)
 
 
-CONTESTANTS = {"ours": ours, "torchvision": theirs, "F.conv2d": plain}
+def onnx_runtime(row, input, offset, weight, bias, mask):
+    """ONNX Runtime's DeformConv, forward and on a CPU only."""
+    arrays = {"X": input, "W": weight, "offset": offset, "B": bias, "mask": mask}
+    session = onnx_session(row, torch.get_num_threads())
+    return torch.from_numpy(session.run(None, {name: t.detach().numpy() for name, t in arrays.items()})[0])
+
+
+@cache
+def onnx_session(row, threads):
+    import onnxruntime
+    from onnx import TensorProto, helper
+
+    names = ["X", "W", "offset", "B", "mask"]
+    node = helper.make_node(
+        "DeformConv", names, ["Y"], kernel_shape=[3, 3], strides=[row.stride] * 2, dilations=[row.dilation] * 2,
+        pads=[row.dilation] * 4, group=1, offset_group=1,
+    )  # fmt: skip
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [None] if n == "B" else [None] * 4) for n in names]
+    result = helper.make_tensor_value_info("Y", TensorProto.FLOAT, [None] * 4)
+    graph = helper.make_graph([node], "deform_conv", values, [result])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 22)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Threads that wait busily would take the processor from the other contestants.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+CONTESTANTS = {"ours": ours, "torchvision": theirs, "F.conv2d": plain, "ONNX Runtime": onnx_runtime}
 
 
 @dataclass(frozen=True)
@@ -181,22 +213,34 @@ def print_table(title, names, ratio_names, lines):
 
 
 def conv_table(title, args, dtype, backward):
-    threads = [1, args.threads] if args.device == "cpu" and args.threads > 1 else [args.threads]
+    last, first = torch.channels_last, torch.contiguous_format
+    keys = [(name, args.threads, first) for name in CONTESTANTS] + [("ours", args.threads, last)]
+    if args.device != "cpu" or backward or dtype != torch.float32:
+        keys.remove(("ONNX Runtime", args.threads, first))
+    if args.device == "cpu" and args.threads > 1:
+        keys.append(("ours", 1, first))
 
     def lines():
         for row in ROWS:
-            keys = [("ours", n) for n in threads] + [(name, threads[-1]) for name in CONTESTANTS if name != "ours"]
+            inputs = partial(make_inputs, row, args.batch, dtype, args.device)
+            if ("ONNX Runtime", args.threads, first) in keys:
+                sample = inputs()
+                torch.testing.assert_close(onnx_runtime(row, **sample), ours(row, **sample), rtol=1e-4, atol=1e-4)
             calls = {
-                (name, n): partial(
-                    run_once, CONTESTANTS[name], row, backward, n, torch.contiguous_format, clock=args.clock
-                )
-                for name, n in keys
+                (name, n, layout): partial(run_once, CONTESTANTS[name], row, backward, n, layout, clock=args.clock)
+                for name, n, layout in keys
             }
-            medians = compare(calls, partial(make_inputs, row, args.batch, dtype, args.device), args.repeats)
-            times = own, other, conv = [medians[name, threads[-1]] for name in CONTESTANTS]
-            yield row.name, times, (other / own, own / conv, medians["ours", threads[0]] / own)
+            medians = compare(calls, inputs, args.repeats)
+            own = medians[keys[0]]
+            # Each of the others beside ours; our other layout and one thread, too, as multiples of ours
+            times = [medians[key] for key in keys]
+            yield row.name, times, [own / medians[k] if k[0] == "F.conv2d" else medians[k] / own for k in keys[1:]]
 
-    print_table(title, CONTESTANTS, ["torchvision / ours", "ours / F.conv2d", "1 thread / ours"], lines())
+    def name(key):
+        return key[0] + ", channels_last" * (key[2] == last) + ", 1 thread" * (key[1] != args.threads)
+
+    ratios = ["ours / F.conv2d" if k[0] == "F.conv2d" else f"{name(k)} / ours" for k in keys[1:]]
+    print_table(title, [name(key) for key in keys], ratios, lines())
 
 
 def pool_table(title, args, dtype, backward):
@@ -221,6 +265,65 @@ def pool_table(title, args, dtype, backward):
 
 
 TABLES = {"deform_conv2d": conv_table, "deform_roi_pool": pool_table}
+
+DETECTORS = ["regular", "mdconv_c3-c5", "mdconv_c3-c5_mdpool"]
+
+
+def make_detector(row):
+    """A Faster R-CNN with ResNet-50 FPN and random weights, and its optimizer, which leaves them as they are."""
+    cfg = model_zoo.get_config(f"COCO/faster_rcnn/faster_rcnn_R_50_FPN_1x_{row}.yaml")
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    return model, torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)
+
+
+def detector_seconds(model, optimizer, training, clock, image):
+    """Of the inference or of one step of training on an image of 800x1333 with eight objects."""
+    model.train(training)
+    start = clock()
+    if training:
+        with EventStorage():
+            sum(model([image]).values()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    else:
+        with torch.no_grad():
+            model([image])
+    return clock() - start
+
+
+def make_image():
+    size = 32 + 400 * torch.rand(8, 2)
+    corner = torch.rand(8, 2) * (torch.tensor([1333, 800]) - size)
+    objects = Instances((800, 1333), gt_boxes=Boxes(torch.cat([corner, corner + size], 1)), gt_classes=torch.arange(8))
+    image = torch.randint(256, (3, 800, 1333), dtype=torch.uint8)
+    return {"image": image, "instances": objects, "height": 800, "width": 1333}
+
+
+def detector_table(args):
+    print("\n### Whole detectors, Faster R-CNN R50-FPN, one image of 800x1333, float32\n")
+    print("| model | inference, s | / regular | training step, s | / regular |\n|---|---|---|---|---|")
+    torch.set_num_threads(args.threads)
+    detectors = {row: make_detector(row) for row in DETECTORS}
+    calls = {
+        (row, training): partial(detector_seconds, *detectors[row], training, args.clock)
+        for row in DETECTORS
+        for training in (False, True)
+    }
+    medians = compare({key: lambda x, call=call: call(image=x) for key, call in calls.items()}, make_image, args.repeats)
+    for row in DETECTORS:
+        cells = [f"{medians[row, t]:.2f} | {medians[row, t] / medians['regular', t]:.2f}" for t in (False, True)]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
+
+
+def describe_processor():
+    """Its name and the vector extensions that matter here."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = found.get("flags", "").split()
+    extensions = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags] or ["no vector extensions known"]
+    family = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
+    return f"{found.get('model name', platform.processor() or platform.machine())}{family}, {', '.join(extensions)}"
 
 
 def peak_memory():
@@ -266,7 +369,8 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    parser.add_argument("--only", nargs="+", choices=TABLES, default=list(TABLES), help="the operators to time")
+    choices = [*TABLES, "detectors"]
+    parser.add_argument("--only", nargs="+", choices=choices, default=choices, help="what to time")
     parser.add_argument(
         "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
         help="of all threads together, instead of the time that passes: with --threads 1, fair on a busy machine",
@@ -278,15 +382,18 @@ def main():
         contestant, index, backward = args.memory_of
         print(extra_memory(contestant, int(index), backward == "1", args.threads))
         return
-    processor = torch.cuda.get_device_name() if args.device == "cuda" else f"{args.threads} threads"
-    print(f"{platform.processor() or platform.machine()}, {processor}, torch {torch.__version__}, ", end="")
+    processor = torch.cuda.get_device_name() if args.device == "cuda" else f"{describe_processor()}, {args.threads} threads"
     measured = "processor time" if args.clock is time.process_time else "time"
-    print(f"torchvision {torchvision.__version__}, medians of {args.repeats}, {measured}, {time.strftime('%Y-%m-%d')}")
-    for operator, dtype, backward in itertools.product(args.only, args.dtypes, (False, True)):
+    print(f"{processor}, torch {torch.__version__}, torchvision {torchvision.__version__}, ", end="")
+    print(f"medians of {args.repeats}, {measured}, {time.strftime('%Y-%m-%d')}")
+    operators = [name for name in args.only if name in TABLES]
+    for operator, dtype, backward in itertools.product(operators, args.dtypes, (False, True)):
         what = "forward + backward" if backward else "forward"
         TABLES[operator](f"{operator}, {what}, {dtype}, batch {args.batch}", args, getattr(torch, dtype), backward)
     if args.device == "cpu" and "deform_conv2d" in args.only:
         memory_table(args)
+    if args.device == "cpu" and "detectors" in args.only:
+        detector_table(args)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
 // is atomic. What tasks have in common is added up when all are done. Every sum has one order, which the shape of the
 // call decides: equal inputs give equal bits, whatever the number of threads.
 //
-// deform_conv_plan.h says how a call is cut into pieces, deform_conv_tiles.h has what is done with one. The latter is
-// compiled for several instruction sets, of which isa.h chooses.
+// deform_conv_plan.h says how a call is cut into pieces; deform_conv_forward.h and deform_conv_backward.h have what is
+// done with one, and are compiled for several instruction sets, of which isa.h chooses.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -21,55 +21,38 @@
 #include "cpu/isa.h"
 #include "deform_conv.h"
 
+#if defined(DCNV2_X86_ISAS)
+#include <immintrin.h>
+#endif
+
 #define DCNV2_ISA plain
 #define DCNV2_VECTOR_BYTES 16
 #define DCNV2_BFLOAT16_PAIRS 0
-#include "cpu/vectors.h"
-//
-#include "cpu/product.h"
-//
-#include "cpu/deform_conv_tiles.h"
+#include "cpu/deform_conv_kernels.h"
 
 #if defined(DCNV2_X86_ISAS)
-#include <immintrin.h>
-
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
-#undef DCNV2_ISA
-#undef DCNV2_VECTOR_BYTES
 #define DCNV2_ISA avx2
 #define DCNV2_VECTOR_BYTES 32
-#include "cpu/vectors.h"
-//
-#include "cpu/product.h"
-//
-#include "cpu/deform_conv_tiles.h"
+#define DCNV2_BFLOAT16_PAIRS 0
+#include "cpu/deform_conv_kernels.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
-#undef DCNV2_ISA
-#undef DCNV2_VECTOR_BYTES
 #define DCNV2_ISA avx512
 #define DCNV2_VECTOR_BYTES 64
-#include "cpu/vectors.h"
-//
-#include "cpu/product.h"
-//
-#include "cpu/deform_conv_tiles.h"
+#define DCNV2_BFLOAT16_PAIRS 0
+#include "cpu/deform_conv_kernels.h"
 #pragma GCC pop_options
 
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v4,prefer-vector-width=512,avx512bf16")
-#undef DCNV2_ISA
-#undef DCNV2_BFLOAT16_PAIRS
 #define DCNV2_ISA avx512_bf16
+#define DCNV2_VECTOR_BYTES 64
 #define DCNV2_BFLOAT16_PAIRS 1
-#include "cpu/vectors.h"
-//
-#include "cpu/product.h"
-//
-#include "cpu/deform_conv_tiles.h"
+#include "cpu/deform_conv_kernels.h"
 #pragma GCC pop_options
 #endif
 
@@ -102,8 +85,8 @@ at::Tensor forward(
   const at::Tensor input = dense(input_), weight = dense(weight_), offset = as<acc_t>(offset_);
   const at::Tensor mask = mask_.has_value() ? as<acc_t>(*mask_) : at::Tensor();
   const bool last = is_channels_last(input);
-  const at::Tensor output = at::empty(
-      {s.batch, s.out_channels, s.out_height, s.out_width}, input.options(), input.suggest_memory_format());
+  const at::Tensor output =
+      at::empty({s.batch, s.out_channels, s.out_height, s.out_width}, input.options(), input.suggest_memory_format());
   if (output.numel() == 0) return output;
   advise_large_pages(output);
 
@@ -111,28 +94,36 @@ at::Tensor forward(
   int64_t map_stride = s.in_channels;
   if (!last || !std::is_same_v<scalar_t, map_t>) {
     map_stride += 16;  // against conflicts in the cache
-    map = at::empty(
-        {s.batch, s.in_pixels(), map_stride}, input.options().dtype(c10::CppTypeToScalarType<map_t>::value));
+    map =
+        at::empty({s.batch, s.in_pixels(), map_stride}, input.options().dtype(c10::CppTypeToScalarType<map_t>::value));
     advise_large_pages(map);
     const Images<map_t> to{map.data_ptr<map_t>(), s.in_pixels() * map_stride, 1, map_stride};
     const auto from = images(input.const_data_ptr<scalar_t>(), s.in_channels, s.in_pixels(), last);
-    at::parallel_for(0, s.batch * s.in_height, ceil_div(grain, s.in_channels * s.in_width), [&](int64_t begin, int64_t end) {
-      kernels.lay_out_rows(s, to, from, begin, end);
-    });
+    at::parallel_for(
+        0, s.batch * s.in_height, ceil_div(grain, s.in_channels * s.in_width),
+        [&](int64_t begin, int64_t end) { kernels.lay_out_rows(s, to, from, begin, end); });
   }
   const int64_t outputs = s.out_channels / s.groups, padded = rounded_up(outputs, kernels.lanes);
   const Buffer<acc_t> start = zeros<acc_t>(s.groups * padded);
   for (int64_t o = 0; o < s.out_channels && bias.has_value(); ++o) {
-    start.data()[o / outputs * padded + o % outputs] = static_cast<acc_t>(bias->const_data_ptr<scalar_t>()[o * bias->stride(0)]);
+    start.data()[o / outputs * padded + o % outputs] =
+        static_cast<acc_t>(bias->const_data_ptr<scalar_t>()[o * bias->stride(0)]);
   }
   const Buffer<map_t> outside = zeros<map_t>(forward_channels);
   const std::vector<Block> blocks = blocks_of(s, forward_channels);
   const int64_t panels = ceil_div(outputs, kernels.panel), columns = s.in_channels * s.taps();
   const Buffer<factor_t> weights(columns * panels * kernels.panel / kernels.pair);
   const ForwardCall<scalar_t, map_t, acc_t, factor_t> call{
-      s, blocks, map.const_data_ptr<map_t>(), map_stride, outside.data(), offset.const_data_ptr<acc_t>(),
-      mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr, start.data(),
-      weight_of(weight, weight.const_data_ptr<scalar_t>()), weights.data(),
+      s,
+      blocks,
+      map.const_data_ptr<map_t>(),
+      map_stride,
+      outside.data(),
+      offset.const_data_ptr<acc_t>(),
+      mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr,
+      start.data(),
+      weight_of(weight, weight.const_data_ptr<scalar_t>()),
+      weights.data(),
       images(output.data_ptr<scalar_t>(), s.out_channels, s.out_pixels(), last)};
   at::parallel_for(
       0, blocks.size() * panels, ceil_div(grain, kernels.panel * forward_channels * s.taps()),
@@ -146,95 +137,101 @@ at::Tensor forward(
 
 using Gradients = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
-// Adds up the windows of the gradient of the input that tasks left, over images that several strips share.
+// What the tasks of the backward pass left, and how it is added up: in items that threads share out, each in the order
+// of the tasks
 template <typename scalar_t, typename acc_t>
-void add_windows(
-    const BackwardCall<scalar_t, acc_t>& call, const std::vector<Strip>& strips, const std::vector<Block>& blocks,
-    const std::vector<Leftovers<acc_t>>& left) {
+struct Sums {
+  const BackwardCall<scalar_t, acc_t>& call;
+  const std::vector<Strip>& strips;
+  const std::vector<Block>& blocks;
+  std::vector<Leftovers<acc_t>> left;  // [strips, blocks]
+
+  // The windows of the gradient of the input that lie on one image
   struct Piece {
-    int64_t image, strip, window;
+    int64_t strip, window;
   };
-  std::vector<Piece> pieces;
-  std::vector<int64_t> first;  // piece of each image
-  for (size_t i = 0; i < strips.size(); ++i) {
-    int64_t window = 0;
-    for (const Part& part : strips[i].parts) {
-      if (part.whole) continue;
-      if (pieces.empty() || pieces.back().image != part.image) first.push_back(pieces.size());
-      pieces.push_back({part.image, static_cast<int64_t>(i), window++});
+  struct Shared {
+    int64_t image;
+    std::vector<Piece> pieces;
+  };
+  std::vector<Shared> shared;  // the images that several strips share
+
+  Sums(const BackwardCall<scalar_t, acc_t>& call, const std::vector<Strip>& strips, const std::vector<Block>& blocks)
+      : call(call), strips(strips), blocks(blocks), left(strips.size() * blocks.size()) {
+    for (size_t i = 0; i < strips.size(); ++i) {
+      int64_t window = 0;
+      for (const Part& part : strips[i].parts) {
+        if (part.whole) continue;
+        if (shared.empty() || shared.back().image != part.image) shared.push_back({part.image, {}});
+        shared.back().pieces.push_back({static_cast<int64_t>(i), window++});
+      }
     }
   }
-  const int64_t count = blocks.size(), height = call.s.in_height, width = call.s.in_width;
-  at::parallel_for(0, first.size() * count * height, 8, [&](int64_t begin, int64_t end) {
-    const Buffer<acc_t> sums(width * backward_channels);
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t y = item % height, b = item / height % count, channels = blocks[b].channels;
-      size_t i = first[item / height / count];
-      const int64_t image = pieces[i].image;
-      std::fill_n(sums.data(), width * channels, acc_t(0));
-      for (; i < pieces.size() && pieces[i].image == image; ++i) {
-        const auto& window = left[pieces[i].strip * count + b].windows[pieces[i].window];
-        if (y < window.begin || y >= window.end) continue;
-        const acc_t* const row = window.rows.data() + (y - window.begin) * width * channels;
-        for (int64_t j = 0; j < width * channels; ++j) sums.data()[j] += row[j];
-      }
-      from_channels_last(
-          call.input_grad.at(image, blocks[b].channel, y * width), sums.data(), width, channels,
-          call.input_grad.channel, call.input_grad.pixel);
-    }
-  });
-}
 
-// Adds up the strips' gradients of the weight and stores them.
-template <typename scalar_t, typename acc_t>
-void add_weight_grads(
-    const BackwardCall<scalar_t, acc_t>& call, int64_t strips, const std::vector<Block>& blocks,
-    const std::vector<Leftovers<acc_t>>& left) {
-  const int64_t outputs = call.s.out_channels / call.s.groups, taps = call.s.taps();
-  at::parallel_for(0, blocks.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t b = begin; b < end; ++b) {
-      for (int64_t o = 0; o < outputs; ++o) {
-        for (int64_t k = 0; k < taps; ++k) {
-          const int64_t at = (k / chunk_taps * rounded_up(outputs, 2) + o) * backward_width + k % chunk_taps * blocks[b].channels;
-          scalar_t* const to = call.weight_grad.data + (blocks[b].output + o) * call.weight_grad.output +
-                               blocks[b].channel_in_group * call.weight_grad.channel + k * call.weight_grad.tap;
-          for (int64_t c = 0; c < blocks[b].channels; ++c) {
-            acc_t sum = left[b].weight_grad.data()[at + c];
-            for (int64_t i = 1; i < strips; ++i) sum += left[i * blocks.size() + b].weight_grad.data()[at + c];
-            to[c * call.weight_grad.channel] = static_cast<scalar_t>(sum);
-          }
-        }
-      }
+  int64_t rows() const { return call.by_input ? shared.size() * blocks.size() * call.s.in_height : 0; }
+  int64_t outputs() const { return call.by_weight ? call.s.out_channels / call.s.groups * blocks.size() : 0; }
+  int64_t planes() const { return call.by_sample ? strips.size() * call.s.taps() * (call.mask_grad ? 3 : 2) : 0; }
+  void add(int64_t item) const {
+    if (item < rows()) {
+      add_windows(item);
+    } else if (item < rows() + outputs()) {
+      add_weight_grads(item - rows());
+    } else {
+      add_sample_grads(item - rows() - outputs());
     }
-  });
-}
+  }
 
-// Adds the gradients of offset and mask that tasks left to what others have put into the results.
-template <typename scalar_t, typename acc_t>
-void add_sample_grads(
-    const BackwardCall<scalar_t, acc_t>& call, const std::vector<Strip>& strips, const std::vector<Block>& blocks,
-    const std::vector<Leftovers<acc_t>>& left) {
-  const DeformConvShape& s = call.s;
-  const int64_t taps = s.taps(), planes = call.mask_grad ? 3 * taps : 2 * taps;
-  at::parallel_for(0, strips.size() * planes, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t item = begin; item < end; ++item) {
-      const Strip& strip = strips[item / planes];
-      const int64_t plane = item % planes;
-      for (size_t b = 0; b < blocks.size(); ++b) {
-        const Buffer<acc_t>& buffer = left[item / planes * blocks.size() + b].sample_grads;
-        if (!buffer.data()) continue;
-        for (const Part& part : strip.parts) {
-          const int64_t own = part.image * s.offset_groups + blocks[b].offset_group;
-          acc_t* const to = plane < 2 * taps ? call.offset_grad + (own * 2 * taps + plane) * s.out_pixels()
-                                             : call.mask_grad + (own * taps + plane - 2 * taps) * s.out_pixels();
-          const acc_t* const from = buffer.data() + plane * strip.pixels + part.before;
-          const int64_t width = s.out_width;
-          for (int64_t p = 0; p < (part.end - part.begin) * width; ++p) to[part.begin * width + p] += from[p];
-        }
+  // One row of one image's gradient of the input, of one block
+  void add_windows(int64_t item) const {
+    const int64_t width = call.s.in_width, y = item % call.s.in_height, b = item / call.s.in_height % blocks.size();
+    const Shared& image = shared[item / call.s.in_height / blocks.size()];
+    const int64_t channels = blocks[b].channels;
+    const Buffer<acc_t> sums = zeros<acc_t>(width * channels);
+    for (const Piece& piece : image.pieces) {
+      const auto& window = left[piece.strip * blocks.size() + b].windows[piece.window];
+      if (y < window.begin || y >= window.end) continue;
+      const acc_t* const row = window.rows.data() + (y - window.begin) * width * channels;
+      for (int64_t j = 0; j < width * channels; ++j) sums.data()[j] += row[j];
+    }
+    from_channels_last(
+        call.input_grad.at(image.image, blocks[b].channel, y * width), sums.data(), width, channels,
+        call.input_grad.channel, call.input_grad.pixel);
+  }
+
+  // One output's gradient of the weight, of one block
+  void add_weight_grads(int64_t item) const {
+    const int64_t outputs = call.s.out_channels / call.s.groups, o = item % outputs, b = item / outputs;
+    const Block& block = blocks[b];
+    scalar_t* const to = call.weight_grad.data + (block.output + o) * call.weight_grad.output +
+                         block.channel_in_group * call.weight_grad.channel;
+    for (int64_t k = 0; k < call.s.taps(); ++k) {
+      const int64_t row = k / chunk_taps * rounded_up(outputs, 2) + o;
+      const int64_t first = row * backward_width + k % chunk_taps * block.channels;
+      for (int64_t c = 0; c < block.channels; ++c) {
+        acc_t sum = 0;
+        for (size_t i = b; i < left.size(); i += blocks.size()) sum += left[i].weight_grad.data()[first + c];
+        to[c * call.weight_grad.channel + k * call.weight_grad.tap] = static_cast<scalar_t>(sum);
       }
     }
-  });
-}
+  }
+
+  // One plane of one strip's gradients of offset and mask: to what threads have put into the results, what others left
+  void add_sample_grads(int64_t item) const {
+    const int64_t taps = call.s.taps(), pixels = call.s.out_pixels(), width = call.s.out_width;
+    const int64_t strip = item % strips.size(), plane = item / strips.size();
+    for (size_t b = 0; b < blocks.size(); ++b) {
+      const Buffer<acc_t>& buffer = left[strip * blocks.size() + b].sample_grads;
+      if (!buffer.data()) continue;
+      for (const Part& part : strips[strip].parts) {
+        const int64_t group = part.image * call.s.offset_groups + blocks[b].offset_group;
+        acc_t* const to = plane < 2 * taps ? call.offset_grad + (group * 2 * taps + plane) * pixels
+                                           : call.mask_grad + (group * taps + plane - 2 * taps) * pixels;
+        const acc_t* const from = buffer.data() + plane * strips[strip].pixels + part.before;
+        for (int64_t p = 0; p < (part.end - part.begin) * width; ++p) to[part.begin * width + p] += from[p];
+      }
+    }
+  }
+};
 
 template <typename scalar_t, typename map_t, typename acc_t, typename factor_t>
 Gradients backward(
@@ -248,8 +245,8 @@ Gradients backward(
   const at::Tensor none = at::empty({0}, input.options());
   const at::Tensor input_grad = wanted[0] ? at::empty_like(input) : none;
   const at::Tensor weight_grad = wanted[2] ? at::empty_like(weight) : none;
-  const at::Tensor offset_grad = by_sample ? at::zeros_like(offset) : none;
-  const at::Tensor mask_grad = by_sample && mask.defined() ? at::zeros_like(mask) : none;
+  const at::Tensor offset_grad = by_sample ? at::empty_like(offset) : none;
+  const at::Tensor mask_grad = by_sample && mask.defined() ? at::empty_like(mask) : none;
 
   const BackwardCall<scalar_t, acc_t> call{
       s,
@@ -267,20 +264,22 @@ Gradients backward(
       weight_of(weight, wanted[2] ? weight_grad.data_ptr<scalar_t>() : nullptr)};
   const std::vector<Block> blocks = blocks_of(s, backward_channels);
   const std::vector<Strip> strips = strips_of(s, blocks.size());
-  std::vector<Leftovers<acc_t>> left(strips.size() * blocks.size());
-  at::parallel_for(0, left.size(), 1, [&](int64_t begin, int64_t end) {
+  Sums<scalar_t, acc_t> sums(call, strips, blocks);
+  at::parallel_for(0, sums.left.size(), 1, [&](int64_t begin, int64_t end) {
     bool in_place = false;
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item % blocks.size();
-      // The blocks of a strip add to the same gradients of offset and mask: into the results as long as their order
+      // The blocks of a strip add to the same gradients of offset and mask: in the results as long as their order
       // allows it, which is where one thread has them all from the first on.
-      in_place = in_place || b == 0 || blocks[b].offset_group != blocks[b - 1].offset_group;
-      kernels.backward_strip(call, strips[item / blocks.size()], blocks[b], in_place, left[item]);
+      const bool first = b == 0 || blocks[b].offset_group != blocks[b - 1].offset_group;
+      in_place = in_place || first;
+      const Place place = first ? Place::store : in_place ? Place::add : Place::leave;
+      kernels.backward_strip(call, strips[item / blocks.size()], blocks[b], place, sums.left[item]);
     }
   });
-  if (wanted[0]) add_windows(call, strips, blocks, left);
-  if (wanted[2]) add_weight_grads(call, strips.size(), blocks, left);
-  if (by_sample) add_sample_grads(call, strips, blocks, left);
+  at::parallel_for(0, sums.rows() + sums.outputs() + sums.planes(), 16, [&](int64_t begin, int64_t end) {
+    for (int64_t item = begin; item < end; ++item) sums.add(item);
+  });
   return {
       input_grad, wanted[1] ? offset_grad.to(offset_.scalar_type()) : none, weight_grad,
       wanted[3] ? mask_grad.to(mask_->scalar_type()) : none};

@@ -158,6 +158,10 @@ inline std::vector<Strip> strips_of(const DeformConvShape& s, int64_t blocks) {
   return strips;
 }
 
+// Where a task puts its gradients of offset and mask: into the results, as the first or to what is there, or with what
+// it leaves
+enum class Place { store, add, leave };
+
 // What a task of the backward pass leaves to be added up, in the order of the tasks, when all are done
 template <typename acc_t>
 struct Leftovers {
@@ -203,8 +207,7 @@ struct DeformConvKernels {
       const DeformConvShape&, const Images<map_t>& to, const Images<const scalar_t>& from, int64_t begin, int64_t end);
   void (*pack_weights)(const ForwardCall<scalar_t, map_t, acc_t, factor_t>&, int64_t begin, int64_t end);
   void (*forward_rows)(const ForwardCall<scalar_t, map_t, acc_t, factor_t>&, int64_t begin, int64_t end);
-  void (*backward_strip)(
-      const BackwardCall<scalar_t, acc_t>&, const Strip&, const Block&, bool in_place, Leftovers<acc_t>&);
+  void (*backward_strip)(const BackwardCall<scalar_t, acc_t>&, const Strip&, const Block&, Place, Leftovers<acc_t>&);
   int64_t panel, lanes;  // what widths are filled up to
   int64_t pair;          // elements that a factor holds
 };

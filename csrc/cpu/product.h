@@ -22,7 +22,8 @@ inline void multiply_add(Vector<float>& sum, Bfloat16Pair a, const Vector<Bfloat
 // out [rows, vectors * lanes] = a [rows, count] * b [count, vectors * lanes], added to what is there if `add`. `a_row`
 // and `a_step` are the distances of a's rows and columns, `b_step` of b's rows.
 template <int rows, int vectors, int64_t a_row, int64_t a_step, int64_t b_step, typename acc_t, typename factor_t>
-inline void multiply_block(acc_t* out, int64_t out_stride, const factor_t* a, const factor_t* b, int64_t count, bool add) {
+inline void multiply_block(
+    acc_t* out, int64_t out_stride, const factor_t* a, const factor_t* b, int64_t count, bool add) {
   Vector<acc_t> sums[rows][vectors];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; ++i)
@@ -65,9 +66,11 @@ inline void multiply(
     bool add) {
   for (; rows > 0; rows -= block_rows, out += block_rows * out_stride, a += block_rows * a_row) {
     if (width > lanes<acc_t>) {
-      multiply_rest<block_rows, 2, a_row, a_step, b_step>(std::min(rows, block_rows), out, out_stride, a, b, count, add);
+      multiply_rest<block_rows, 2, a_row, a_step, b_step>(
+          std::min(rows, block_rows), out, out_stride, a, b, count, add);
     } else {
-      multiply_rest<block_rows, 1, a_row, a_step, b_step>(std::min(rows, block_rows), out, out_stride, a, b, count, add);
+      multiply_rest<block_rows, 1, a_row, a_step, b_step>(
+          std::min(rows, block_rows), out, out_stride, a, b, count, add);
     }
   }
 }
