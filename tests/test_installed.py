@@ -127,7 +127,7 @@ def test_writes_losses_and_statistics_of_the_layers(trained):
 @pytest.mark.parametrize("name", PICTURES)
 def test_pictures(name, trained):
     folder, process = trained
-    assert str(folder / RUN / name) in process.stdout
+    assert f"{RUN}/{name}" in process.stdout
     with Image.open(folder / RUN / name) as picture:
         pixels = np.asarray(picture.convert("RGB"))
         assert picture.format == "PNG"

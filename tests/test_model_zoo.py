@@ -16,7 +16,6 @@ GFLOPS = dict(re.findall(r"^\| \[\S+\]\(configs/(\S+)\).*\| +(\S+) +\|$", write_
 SAMPLE = [
     QUICK_START,
     "COCO/cascade_mask_rcnn/cascade_mask_rcnn_R_50_FPN_3x_mdconv_c3-c5_mdpool.yaml",
-    "COCO/panoptic_fpn/panoptic_fpn_R_50_1x_mdconv_c3-c5.yaml",
     "paper/table2/faster_rcnn_R_50_DC5_800px_mdconv_c3-c5_mdpool.yaml",
 ]
 
