@@ -5,6 +5,7 @@ takes seconds); on main, and on any later Detectron2, :func:`prepare` changes no
 """
 
 import sys
+from collections.abc import Callable
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
@@ -61,6 +62,30 @@ def replace_data_loader(trainer, data_loader):
     else:
         trainer.data_loader = data_loader
         trainer._data_loader_iter = iter(data_loader)
+
+
+def finish_models(finish: Callable) -> None:
+    """Lets `finish(model, cfg)` change every model that detectron2.modeling.build_model makes.
+
+    DefaultTrainer, DefaultPredictor and scripts have names of their own for build_model, which looks up META_ARCH_REGISTRY
+    when it runs: so it is given one, with the same content, whose models are finished.
+    """
+    from detectron2.modeling.meta_arch import build
+
+    class Finishing(type(build.META_ARCH_REGISTRY)):
+        def get(self, name):
+            make = super().get(name)
+
+            def make_and_finish(cfg):
+                model = make(cfg)
+                finish(model, cfg)
+                return model
+
+            return make_and_finish
+
+    registry = Finishing("META_ARCH")
+    registry.__dict__ = vars(build.META_ARCH_REGISTRY)  # what is registered with one is in the other
+    build.META_ARCH_REGISTRY = registry
 
 
 def prepare():

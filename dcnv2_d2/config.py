@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from . import compat
 from .data import register_files
+from .modeling.backbone import DETECTRON2_BUILDERS
 from .modeling.meta_arch import MimickingRCNN
 from .modeling.mimicking import Mimicking
 from .modeling.poolers import LAYERS as POOLER_LAYERS
@@ -25,11 +26,17 @@ from .modeling.roi_heads import DeformPoolers
 _INSTALLED = Path(__file__).parent / "model_zoo" / "configs"
 # In a checkout, an editable install too, they are beside the package.
 CONFIGS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[1] / "configs"
+logger = logging.getLogger(__name__)
+# Keys whose values are lists, of which the command line may give a single entry as it is
+LISTS = ("DATASETS.TRAIN", "DATASETS.TEST", "MODEL.DCNV2.CONVS")
 
 
 def add_dcnv2_config(cfg: CfgNode) -> None:
     """Adds every key of this package, with its default, to a Detectron2 config."""
     cfg.MODEL.DCNV2 = CfgNode()
+    # Regular expressions, found in the names of a whole model's convolutions: those become deformable, whatever the
+    # model is. ["backbone.bottom_up.res[345].*conv2"] are conv3 to conv5 of a ResNet (section 4.2).
+    cfg.MODEL.DCNV2.CONVS = []
     # Largest modulation of a sample or bin (section 3.2): the paper's sigmoid ends at 1; 2 leaves a pre-trained
     # network's function unchanged at the start.
     cfg.MODEL.DCNV2.MASK_SCALE = 1.0
@@ -101,22 +108,51 @@ def load_config(config_file: str, opts: Sequence[str] = ()) -> CfgNode:
     """
     cfg = get_cfg()
     add_dcnv2_config(cfg)
+    _merge_file(cfg, config_file)
+    cfg.merge_from_list(_with_lists(opts))
+    register_files([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+    choose_device(cfg)
+    check_config(cfg)
+    return cfg
+
+
+def _merge_file(cfg: CfgNode, config_file: str) -> None:
     default = cfg.OUTPUT_DIR
     cfg.merge_from_file(find_config_file(config_file))
     if default == cfg.OUTPUT_DIR:
         cfg.OUTPUT_DIR = f"output/{Path(config_file).stem}"
-    opts = list(opts)
-    for i, key in enumerate(opts[:-1:2]):  # a lone data set needs no parentheses
-        value = opts[2 * i + 1]
-        if key in ("DATASETS.TRAIN", "DATASETS.TEST") and isinstance(value, str) and value[:1] not in ("(", "["):
-            opts[2 * i + 1] = (value,)
-    cfg.merge_from_list(opts)
-    register_files([*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST])
+
+
+def _with_lists(opts: Sequence[str]) -> list:
+    """Keys and values, in which a single data set or expression needs no parentheses."""
+    values = list(opts)
+    for i, key in enumerate(values[:-1:2]):
+        value = values[2 * i + 1]
+        if key in LISTS and isinstance(value, str) and value[:1] not in ("(", "["):
+            values[2 * i + 1] = (value,)
+    return values
+
+
+def choose_device(cfg: CfgNode) -> None:
+    """Sets MODEL.DEVICE to cpu, and says so, if it asks for a GPU and there is none."""
     if cfg.MODEL.DEVICE.startswith("cuda") and not torch.cuda.is_available():
-        logging.warning("MODEL.DEVICE is %s, but no GPU is available: running on the CPU.", cfg.MODEL.DEVICE)
+        logger.warning("MODEL.DEVICE is %s, but no GPU is available: running on the CPU.", cfg.MODEL.DEVICE)
         cfg.MODEL.DEVICE = "cpu"
-    check_config(cfg)
-    return cfg
+
+
+def require_weights(cfg: CfgNode, *, resume: bool = False) -> None:
+    """For commands that use a trained detector.
+
+    Args:
+        resume: whether the last checkpoint in OUTPUT_DIR is used if there is one.
+
+    Raises:
+        ValueError: MODEL.WEIGHTS is empty, or has the backbone alone.
+    """
+    if resume and (Path(cfg.OUTPUT_DIR) / "last_checkpoint").is_file():
+        return
+    if not cfg.MODEL.WEIGHTS or "ImageNetPretrained/" in cfg.MODEL.WEIGHTS:
+        raise ValueError(f"MODEL.WEIGHTS must be given, those of a trained detector, got {cfg.MODEL.WEIGHTS!r}")
 
 
 def check_config(cfg: CfgNode) -> None:
@@ -125,17 +161,31 @@ def check_config(cfg: CfgNode) -> None:
     Raises:
         ValueError: names the key, what it must be and what it is.
     """
-    model = cfg.MODEL
-    builder = BACKBONE_REGISTRY.get(model.BACKBONE.NAME)
-    detectron2s = builder.__module__.startswith("detectron2.") and not builder.__name__.startswith("build_dcnv2_")
-    if any(model.RESNETS.DEFORM_ON_PER_STAGE) and detectron2s and not compat.has_compiled_part():
-        raise ValueError(
-            "MODEL.BACKBONE.NAME must be one of the build_dcnv2_* builders for MODEL.RESNETS.DEFORM_ON_PER_STAGE, as "
-            f"this Detectron2 has no compiled part, got {model.BACKBONE.NAME}"
-        )
-    meta_arch = META_ARCH_REGISTRY.get(model.META_ARCHITECTURE)
-    if not issubclass(meta_arch, GeneralizedRCNN):
+    _check_backbone(cfg.MODEL)
+    meta_arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
+    if issubclass(meta_arch, GeneralizedRCNN):
+        _check_heads(cfg.MODEL, meta_arch)
+
+
+def _check_backbone(model: CfgNode) -> None:
+    """Detectron2's own deformable layers are CUDA code in its compiled part."""
+    if BACKBONE_REGISTRY.get(model.BACKBONE.NAME) not in DETECTRON2_BUILDERS or not any(
+        model.RESNETS.DEFORM_ON_PER_STAGE
+    ):
         return
+    if not compat.has_compiled_part():
+        reason = "this Detectron2 has no compiled part"
+    elif model.DEVICE == "cpu":
+        reason = "Detectron2's own deformable layers do not run on the CPU"
+    else:
+        return
+    raise ValueError(
+        f"MODEL.BACKBONE.NAME must be {model.BACKBONE.NAME.replace('build_', 'build_dcnv2_', 1)} for "
+        f"MODEL.RESNETS.DEFORM_ON_PER_STAGE, as {reason}, got {model.BACKBONE.NAME}"
+    )
+
+
+def _check_heads(model: CfgNode, meta_arch: type[GeneralizedRCNN]) -> None:
     heads = ROI_HEADS_REGISTRY.get(model.ROI_HEADS.NAME)
     for head, on in (("BOX", True), ("MASK", model.MASK_ON)):
         kind = model[f"ROI_{head}_HEAD"].POOLER_TYPE

@@ -1,3 +1,3 @@
 """What Detectron2's registries hold; importing it registers everything."""
 
-from . import backbone, mask_head, meta_arch, roi_heads  # noqa: F401
+from . import backbone, convs, mask_head, meta_arch, roi_heads  # noqa: F401

@@ -14,6 +14,8 @@ from torch import nn
 
 from ..layers import replace_convs
 
+# Those of Detectron2 that read MODEL.RESNETS.DEFORM_ON_PER_STAGE
+DETECTRON2_BUILDERS = (build_resnet_backbone, build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone)
 STAGES = ("res2", "res3", "res4", "res5")  # conv2 to conv5 in the paper
 
 
@@ -30,6 +32,12 @@ def deform_stages(resnet, cfg) -> None:
     if len(flags) != len(STAGES):
         raise ValueError(
             f"MODEL.RESNETS.DEFORM_ON_PER_STAGE must have {len(STAGES)} values, for {', '.join(STAGES)}, got {flags}"
+        )
+    if not any(flags) and not cfg.MODEL.DCNV2.CONVS:
+        logging.getLogger(__name__).warning(
+            "MODEL.BACKBONE.NAME is %s, but MODEL.RESNETS.DEFORM_ON_PER_STAGE chooses no stage: no layer of the backbone "
+            "is deformable.",
+            cfg.MODEL.BACKBONE.NAME,
         )
     for number, (stage, deform) in enumerate(zip(STAGES, flags, strict=True), start=2):
         if not deform:
