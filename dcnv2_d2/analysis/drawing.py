@@ -84,10 +84,11 @@ def draw_curves(path: Path, metrics_file: Path) -> None:
         for name, value in entry.items():
             series.setdefault(name, []).append((iteration, value))
 
+    precision = "average precision"
     groups = {
         "loss": lambda name: "loss" in name,
         "mimicking, mean cosine of foreground RoIs": lambda name: name == "mimic/cosine_fg",
-        "average precision": lambda name: name.rsplit("/", 1)[-1] in ("AP", "AP50"),
+        precision: lambda name: name.rsplit("/", 1)[-1] in ("AP", "AP50"),
         "mean |offset|, input pixels": lambda name: name.endswith("/offset_mean") and "pooler" not in name,
         "mean |offset|, RoI sizes": lambda name: name.endswith("/offset_mean") and "pooler" in name,
         "mean modulation": lambda name: name.endswith("/mask_mean"),
@@ -100,13 +101,18 @@ def draw_curves(path: Path, metrics_file: Path) -> None:
     figure, axes = _panels(1, max(len(chosen), 1))
     figure.set_size_inches(4.5 * max(len(chosen), 1), 4.5)
     for a, (title, names) in zip(axes.flat, chosen.items(), strict=False):
+        a.set_title(title)
+        if title == precision and all(len(series[name]) == 1 for name in names):  # a single evaluation
+            a.bar_label(a.barh(names, [series[name][0][1] for name in names]), fmt="%.1f", padding=3)
+            a.margins(x=0.15)
+            a.invert_yaxis()
+            continue
         count = len(names)
         palette = colormaps["tab10" if count <= 10 else "tab20"].colors
         a.set_prop_cycle(color=palette if count <= 20 else colormaps["turbo"].resampled(count).colors)
         for name in names:
             label = name.removesuffix("/offset_mean").removesuffix("/mask_mean")
             a.plot(*zip(*series[name], strict=True), label=label, marker="." if len(series[name]) < 3 else None)
-        a.set_title(title)
         a.set_xlabel("iteration")
         a.grid(alpha=0.3)
         a.legend(fontsize=6, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.15))

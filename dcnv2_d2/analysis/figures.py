@@ -79,11 +79,10 @@ def _draw_locations(axes, support: Support) -> None:
     if bins:
         node = support.node
         spacing = ((node.x2 - node.x1) * (node.y2 - node.y1) / len(x)) ** 0.5 * PANEL * 72 / support.image.shape[1]
-        axes.scatter(
-            x, y, min(0.8 * spacing, 4.5) ** 2, shade, "s", DOTS, vmin=0, vmax=1, edgecolors="k", linewidths=0.4
-        )
+        style = {"s": min(0.8 * spacing, 4.5) ** 2, "marker": "s", "edgecolors": "k", "linewidths": 0.4}
     else:
-        axes.scatter(x, y, 2 + 16 * shade, shade, "o", DOTS, vmin=0, vmax=1, alpha=shade, linewidths=0)
+        style = {"s": 2 + 16 * shade, "marker": "o", "alpha": shade, "linewidths": 0}
+    axes.scatter(x, y, c=shade, cmap=DOTS, vmin=0, vmax=1, **style)
 
 
 def _draw_receptive_field(axes, support: Support) -> None:
