@@ -1,7 +1,12 @@
 """The optimizer: Detectron2's parameter groups, with a learning-rate factor for the prediction layers."""
 
 import torch
-from detectron2.solver.build import get_default_optimizer_params, maybe_add_gradient_clipping
+from detectron2.config import CfgNode
+from detectron2.solver.build import (
+    get_default_optimizer_params,
+    maybe_add_gradient_clipping,
+    reduce_param_groups,
+)
 from torch import nn
 
 from .layers import DeformConv2d
@@ -9,11 +14,10 @@ from .layers import DeformConv2d
 OPTIMIZERS = {"SGD": torch.optim.SGD, "ADAMW": torch.optim.AdamW}
 
 
-def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
+def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
     """As detectron2.solver.build_optimizer, with MODEL.DCNV2.OFFSET_LR_FACTOR and SOLVER.OPTIMIZER.
 
-    The prediction convolutions of deformable layers come in groups of their own, so that the factor shows in
-    optimizer.param_groups.
+    The factor shows in optimizer.param_groups, where parameters with equal options are in one group.
 
     Raises:
         ValueError: SOLVER.OPTIMIZER is unknown, or the factor is negative.
@@ -31,17 +35,11 @@ def build_optimizer(cfg, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    predictors = {id(p) for m in model.modules() if isinstance(m, DeformConv2d) for p in m.conv_offset.parameters()}
-    # Few groups, as optimizers step through them one by one: those with equal options are joined.
-    joined = {}
-    for group in groups:
-        options = {k: v for k, v in group.items() if k != "params"}
-        for p in group["params"]:
-            own = dict(options)
-            if id(p) in predictors:
-                own["lr"] = own.get("lr", solver.BASE_LR) * factor
-            key = tuple(sorted(own.items())) + (id(p) in predictors,)
-            joined.setdefault(key, {**own, "params": []})["params"].append(p)
+    predictors = {p for m in model.modules() if isinstance(m, DeformConv2d) for p in m.conv_offset.parameters()}
+    scaled = [
+        {"params": [p], "lr": group["lr"] * factor} for group in groups for p in group["params"] if p in predictors
+    ]
+    groups = reduce_param_groups(groups + scaled)  # of the options of a parameter, the last count
     options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV} if solver.OPTIMIZER == "SGD" else {}
     optimizer = maybe_add_gradient_clipping(cfg, OPTIMIZERS[solver.OPTIMIZER])
-    return optimizer(list(joined.values()), lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **options)
+    return optimizer(groups, lr=solver.BASE_LR, weight_decay=solver.WEIGHT_DECAY, **options)
