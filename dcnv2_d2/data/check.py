@@ -1,25 +1,31 @@
 """Finds what is wrong with a data set before training starts, instead of hours later or never."""
 
+import json
 import logging
 import math
 import os
 import platform
 from collections.abc import Iterator, Sequence
 
-from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from detectron2.structures import BoxMode
 from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
 from torch.utils.data import Dataset
 
+from .catalog import DatasetNotFound, get_records, where_data_sets_are
+
+logger = logging.getLogger(__name__)
 SHOWN = 3  # examples of a problem
 MARGIN = 1.0  # pixels by which a box may leave its image: annotators round
 # Share of boxes that may be bad: Detectron2 clips and drops them, and COCO itself has an empty one.
 TOLERATED = 1e-3
 
 
-def check_datasets(cfg, *, train: bool = True) -> None:
+def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
     """Looks at every image file name and annotation of the config's data sets; nothing is decoded.
 
     With several processes all must call it: the first of each machine looks, and all raise what any has found.
@@ -30,8 +36,8 @@ def check_datasets(cfg, *, train: bool = True) -> None:
 
     Raises:
         ValueError: a data set cannot be loaded, its classes are not those of the model or of the other data sets,
-            images are missing, nothing is annotated, what Detectron2 needs is missing from images or objects, boxes are
-            empty or outside their images, or masks are missing. One message has all of it, with the first examples of
+            images are missing, nothing is annotated, what Detectron2 or the COCO evaluation needs is missing from images
+            or objects, boxes are empty or outside their images, or masks are missing. One message has all of it, with the first examples of
             each, and with the machine where not all have the same. A few bad boxes are only logged.
     """
     own = (platform.node(), list(_all_problems(cfg, train))) if comm.get_local_rank() == 0 else None
@@ -41,10 +47,10 @@ def check_datasets(cfg, *, train: bool = True) -> None:
         hosts = [host for host, problems in machines if problem in problems]
         lines.append(problem if len(hosts) == len(machines) else f"{problem} (on {', '.join(hosts)})")
     if lines:
-        raise ValueError("\n  ".join(["the data sets do not fit:", *lines]))
+        raise ValueError("\n  ".join(["the data sets cannot be used:", *lines]))
 
 
-def _all_problems(cfg, train: bool) -> Iterator[str]:
+def _all_problems(cfg: CfgNode, train: bool) -> Iterator[str]:
     names = {name: False for name in cfg.DATASETS.TEST} | {name: True for name in cfg.DATASETS.TRAIN if train}
     classes = {}
     for name, for_training in names.items():
@@ -57,12 +63,14 @@ def _caught(problems: Iterator[str]) -> Iterator[str]:
     """A data set's own functions and records can raise anything, while other processes wait for what is found."""
     try:
         yield from problems
+    except DatasetNotFound as error:
+        yield str(error)
     except Exception as error:
-        logging.getLogger(__name__).warning("A data set cannot be read", exc_info=True)
+        logger.warning("A data set cannot be read", exc_info=True)
         yield f"cannot be read: {type(error).__name__}: {error}"
 
 
-def _class_problems(cfg, classes: dict[str, Sequence[str]]) -> Iterator[str]:
+def _class_problems(cfg: CfgNode, classes: dict[str, Sequence[str]]) -> Iterator[str]:
     node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     expected = cfg.MODEL[node].NUM_CLASSES
     if node == "ROI_HEADS" and not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN):
@@ -77,16 +85,16 @@ def _class_problems(cfg, classes: dict[str, Sequence[str]]) -> Iterator[str]:
             yield f"{name}: its classes ({_first(own)}) are not those of {first} ({_first(classes[first])})"
 
 
-def _problems(cfg, name: str, for_training: bool, classes: dict[str, Sequence[str]]) -> Iterator[str]:
+def _problems(cfg: CfgNode, name: str, for_training: bool, classes: dict[str, Sequence[str]]) -> Iterator[str]:
     """Adds the data set's classes to `classes` if it has annotations."""
-    records = DatasetCatalog.get(name)
+    records = get_records(name)
     if isinstance(records, Dataset):  # PyTorch's own: reading it may decode every image, or never end
         return
     yield from _without(["file_name"], records, records, "images")
     files = [os.fspath(record["file_name"]) for record in records if "file_name" in record]
     missing = [file for file in files if "://" not in file and not os.path.isfile(file)]
     if missing:
-        yield f"{len(missing)} of {len(files)} images are missing: {_first(missing)}"
+        yield f"{len(missing)} of {len(files)} images are missing: {_first(missing)}{where_data_sets_are(missing[0])}"
     if not any("annotations" in record for record in records):
         if for_training and not any(
             "sem_seg_file_name" in record or "pan_seg_file_name" in record for record in records
@@ -111,6 +119,8 @@ def _problems(cfg, name: str, for_training: bool, classes: dict[str, Sequence[st
     yield from _box_problems(objects)
     if cfg.MODEL.MASK_ON and for_training:
         yield from _mask_problems(cfg, objects)
+    if name in cfg.DATASETS.TEST:
+        yield from _evaluation_problems(cfg, name)
 
 
 def _box_problems(objects: Sequence[tuple[dict, dict]]) -> Iterator[str]:
@@ -131,16 +141,29 @@ def _box_problems(objects: Sequence[tuple[dict, dict]]) -> Iterator[str]:
             if len(bad) > TOLERATED * len(objects):
                 yield sentence
             else:
-                logging.getLogger(__name__).warning("%s", sentence)
+                logger.warning("%s", sentence)
 
 
-def _mask_problems(cfg, objects: Sequence[tuple[dict, dict]]) -> Iterator[str]:
+def _mask_problems(cfg: CfgNode, objects: Sequence[tuple[dict, dict]]) -> Iterator[str]:
     files = [_name(r) for r, a in objects if "segmentation" not in a]
     if files:
         yield f"MODEL.MASK_ON is True, but {len(files)} of {len(objects)} objects have no mask: in {_first(files)}"
     files = [_name(r) for r, a in objects if isinstance(a.get("segmentation"), dict)]
     if files and cfg.INPUT.MASK_FORMAT == "polygon":
         yield f"{len(files)} masks are bitmaps (in {_first(files)}), but INPUT.MASK_FORMAT is polygon, not bitmask"
+
+
+def _evaluation_problems(cfg: CfgNode, name: str) -> Iterator[str]:
+    """Looks into the file itself: pycocotools does, after training, and fails without what the records do not have."""
+    metadata = MetadataCatalog.get(name)
+    if metadata.get("evaluator_type") not in ("coco", "coco_panoptic_seg") or not metadata.get("json_file"):
+        return
+    with PathManager.open(metadata.json_file) as file:
+        content = json.load(file)
+    images = {image["id"]: image for image in content["images"]}
+    annotations = content.get("annotations", [])
+    keys = ["area", "iscrowd"] + ["segmentation"] * cfg.MODEL.MASK_ON
+    yield from _without(keys, annotations, [images.get(a["image_id"], a) for a in annotations], "annotations")
 
 
 def _without(keys: Sequence[str], things: Sequence[dict], records: Sequence[dict], what: str) -> Iterator[str]:

@@ -60,7 +60,7 @@ def config(train, test=None, classes=2, *others):
 
 
 def message(cfg, **kwargs):
-    with pytest.raises(ValueError, match="^the data sets do not fit:\n") as error:
+    with pytest.raises(ValueError, match="^the data sets cannot be used:\n") as error:
         check_datasets(cfg, **kwargs)
     return str(error.value)
 
@@ -140,6 +140,22 @@ def test_masks(make):
     check_datasets(config(name, name, 2, "INPUT.MASK_FORMAT", "bitmask"))
 
 
+@pytest.mark.parametrize("key", ["area", "iscrowd", "segmentation"])
+def test_what_the_coco_evaluation_needs(key, make):
+    """pycocotools fails without it after training, though Detectron2 trains without; crowds are evaluated too."""
+    lacking = copy.deepcopy(GOOD)
+    lacking["annotations"].append(annotation(4, 2, 7, [0, 0, 9, 9], iscrowd=1))
+    lacking["annotations"].append(annotation(5, 99, 7, [0, 0, 9, 9]))  # of no image: Detectron2 passes over it
+    for i in (1, 3):
+        del lacking["annotations"][i][key]
+    good, name = make("train", GOOD), make("val", lacking)
+    assert message(config(good, name)).endswith(f"{name}: 2 of 5 annotations have no {key}: 1.jpg, 2.jpg")
+    if key == "segmentation":
+        check_datasets(config(good, name, 2, "MODEL.MASK_ON", "False"))
+    else:
+        check_datasets(config(name, good))  # in training it is not needed
+
+
 def test_everything_in_one_message(make, tmp_path):
     first, nowhere = make("train", GOOD, images=[]), f"{tmp_path}/nowhere.json:{tmp_path}"
     unsized = copy.deepcopy(GOOD)
@@ -203,7 +219,7 @@ BOX = (1, "annotations", 0)
     ],
 )  # fmt: skip
 def test_records_made_by_hand(change, expected, by_hand):
-    assert message(by_hand(change)) == f"the data sets do not fit:\n  by_hand: {expected}"
+    assert message(by_hand(change)) == f"the data sets cannot be used:\n  by_hand: {expected}"
 
 
 @pytest.mark.parametrize("key", ["image_id", "height", "width"])

@@ -93,4 +93,4 @@ def test_both_stop_or_neither(name, loads, expected, results):
     (first, message), (second, message_of_second) = results[0, name], results[1, name]
     assert (first, second) == loads
     assert message == message_of_second
-    assert message == (expected and f"the data sets do not fit:\n  {name}: {expected}")
+    assert message == (expected and f"the data sets cannot be used:\n  {name}: {expected}")
