@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 import cv2
-from detectron2.data import DatasetCatalog
 from detectron2.data.detection_utils import read_image
 from detectron2.engine import DefaultPredictor
 from detectron2.evaluation.coco_evaluation import instances_to_coco_json
@@ -16,7 +15,9 @@ from detectron2.utils.video_visualizer import VideoVisualizer
 from detectron2.utils.visualizer import Visualizer
 from tqdm import tqdm
 
-from .config import load_config
+from .config import load_config, require_weights
+from .data.catalog import get_records
+from .engine import plain_errors
 
 IMAGES = {".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 VIDEOS = {".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"}
@@ -115,13 +116,17 @@ def main():
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes")
     args = parser.parse_args()
 
-    cfg = load_config(args.config_file, args.opts)
+    with plain_errors():
+        cfg = load_config(args.config_file, args.opts)
     cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST = cfg.MODEL.RETINANET.SCORE_THRESH_TEST = args.confidence_threshold
     cfg.MODEL.PANOPTIC_FPN.COMBINE.INSTANCES_CONFIDENCE_THRESH = args.confidence_threshold
     files = list(find_files(args.input))
+    with plain_errors():
+        require_weights(cfg)
     predictor = DefaultPredictor(cfg)
     if not predictor.metadata.get("thing_classes"):
-        DatasetCatalog.get(cfg.DATASETS.TEST[0])  # a COCO data set has its class names in its annotations
+        with plain_errors():
+            get_records(cfg.DATASETS.TEST[0])  # a COCO data set has its class names in its annotations
     results = Results(predictor.metadata)
     with tqdm(total=len(files), unit="frame") as progress:
         for path, name, picture in files:

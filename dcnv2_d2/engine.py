@@ -4,9 +4,11 @@ that name what went wrong; and its launch, also under torch's own launcher."""
 import functools
 import logging
 import os
+import signal
 import weakref
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -21,9 +23,12 @@ from detectron2.utils.env import seed_all_rng
 from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
+from torch.utils._pytree import tree_leaves
 
 from . import compat
 from .checkpoint import Checkpointer
+from .data.catalog import forget
 from .data.stream import TrainingStream, seed_by
 from .solver import build_optimizer
 
@@ -88,6 +93,19 @@ class Trainer(DefaultTrainer):
         self.checkpointer = Checkpointer(self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks = super().build_hooks()
         return [SeedEachStep(self.cfg.SEED), *hooks] if self.cfg.SEED >= 0 else hooks
+
+    def train(self):
+        forget(set(self.cfg.DATASETS.TRAIN) - set(self.cfg.DATASETS.TEST))  # the loader has what it needs of them
+        try:
+            return super().train()
+        except KeyboardInterrupt:
+            logger.warning("Stopped in iteration %d. %s", self.iter, self._how_to_go_on())
+            raise
+
+    def _how_to_go_on(self) -> str:
+        if not self.checkpointer.has_checkpoint():
+            return "There is no checkpoint yet (see SOLVER.CHECKPOINT_PERIOD)."
+        return f"The same command with --resume goes on from {self.checkpointer.get_checkpoint_file()}."
 
     def resume_or_load(self, resume=True):
         super().resume_or_load(resume)
@@ -186,20 +204,45 @@ def _note_if_not_finite(layers: list[str], path: str, module, inputs, output) ->
 
 
 def _finite(output) -> bool:
-    if isinstance(output, torch.Tensor):
-        return not output.is_floating_point() or bool(output.isfinite().all())
-    if isinstance(output, dict):
-        output = list(output.values())
-    return all(map(_finite, output)) if isinstance(output, (list, tuple)) else True
+    numbers = (t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point())
+    return all(bool(t.isfinite().all()) for t in numbers)
 
 
-def launch(main: Callable, args) -> None:
+@contextmanager
+def plain_errors() -> Iterator[None]:
+    """Lets a command end with the sentence of a ValueError, a user's mistake, instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise SystemExit(f"Error: {error}") from error
+
+
+def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
     """Runs main(args) in the processes that Detectron2's arguments ask for or, under torchrun, in this one.
 
     Detectron2 starts processes for GPUs only. Under torchrun, --num-gpus, --num-machines, --machine-rank and --dist-url
     do not count; without a GPU the processes train on the CPU, over gloo.
+
+    Raises:
+        SystemExit: --num-gpus is more than there are, Ctrl-C was pressed, or a process of several ended early.
     """
+    try:
+        _launch(main, args)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except ProcessExitedException as error:  # its own message is above
+        raise SystemExit(f"Error: {error}") from None
+
+
+def _launch(main, args) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
+        gpus = torch.cuda.device_count()
+        if args.num_gpus > max(gpus, 1):
+            raise SystemExit(
+                f"Error: --num-gpus must be at most {gpus}, the GPUs there are, got {args.num_gpus}. To train on the CPU "
+                f"in several processes: torchrun --standalone --nproc-per-node={args.num_gpus} and the command without "
+                "--num-gpus"
+            )
         detectron2_launch(
             main,
             args.num_gpus,

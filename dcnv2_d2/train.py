@@ -12,9 +12,10 @@ from detectron2.utils.logger import setup_logger
 
 from .analysis.report import write_report
 from .checkpoint import Checkpointer
-from .config import find_config_file, load_config
+from .config import find_config_file, load_config, require_weights
+from .data.catalog import parse_once
 from .data.check import check_datasets
-from .engine import Trainer, launch
+from .engine import Trainer, launch, plain_errors
 
 logger = logging.getLogger("dcnv2_d2.train")
 
@@ -23,7 +24,7 @@ def setup(args):
     args.config_file = find_config_file(args.config_file)  # of which default_setup logs the content
     cfg = load_config(args.config_file, args.opts)
     if cfg.MODEL.DEVICE == "cpu" and cfg.SOLVER.AMP.ENABLED:
-        logging.warning("SOLVER.AMP.ENABLED needs a GPU in Detectron2's trainer: training in float32.")
+        logger.warning("SOLVER.AMP.ENABLED needs a GPU in Detectron2's trainer: training in float32.")
         cfg.SOLVER.AMP.ENABLED = False
     cfg.freeze()
     default_setup(cfg, args)
@@ -32,8 +33,12 @@ def setup(args):
 
 
 def run(args):
-    cfg = setup(args)
-    check_datasets(cfg, train=not args.eval_only)
+    with plain_errors():
+        cfg = setup(args)
+        parse_once(cfg)
+        check_datasets(cfg, train=not args.eval_only)
+        if args.eval_only:
+            require_weights(cfg, resume=args.resume)
     if args.eval_only:
         model = Trainer.build_model(cfg)
         Checkpointer(model, save_dir=cfg.OUTPUT_DIR).resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)

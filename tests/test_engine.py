@@ -8,22 +8,27 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from dcnv2_d2.checkpoint import Checkpointer, UnreadableCheckpoint
 from dcnv2_d2.config import CONFIGS
-from dcnv2_d2.engine import Trainer, explain_divergence
-from detectron2.engine import SimpleTrainer, TrainerBase
+from dcnv2_d2.engine import Trainer, explain_divergence, launch, plain_errors
+from detectron2.config import get_cfg
+from detectron2.engine import SimpleTrainer, TrainerBase, default_argument_parser
+from detectron2.engine.hooks import PeriodicCheckpointer
 from detectron2.utils.events import EventStorage
 from torch import nn
+from torch.multiprocessing import ProcessExitedException
 
 QUICK_START = CONFIGS / "quick_start"
 FULL = "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic"  # has every part of the package
 # DCNV2_NIGHTLY=1: every quick-start config on two and four processes, and more kills
 NIGHTLY = bool(os.environ.get("DCNV2_NIGHTLY"))
 PROCESSES = [(n, path.stem) for n in (2, 4) for path in sorted(QUICK_START.glob("*.yaml"))] if NIGHTLY else [(2, FULL)]
+ARGUMENTS = default_argument_parser().parse_args([])
 PATIENCE = 1200  # seconds for a run that takes twenty: a nightly machine is busy
 SMALL = [
     *("DATASETS.TRAIN", "('bent_shapes_tiny_train',)", "DATASETS.TEST", "('bent_shapes_tiny_val',)"),
@@ -233,6 +238,78 @@ def test_a_full_disk_leaves_the_previous_checkpoint(saved, monkeypatch):
     assert (saved / "model_2.pth").read_bytes() == before
     assert not list(saved.glob("*unfinished*"))
     assert resume(saved) == 2
+
+
+def test_the_log_has_a_checkpoint_s_real_name(tmp_path, caplog):
+    with caplog.at_level("INFO"):
+        Checkpointer(nn.Linear(1, 1), str(tmp_path)).save("model_7")
+    assert [r.getMessage() for r in caplog.records] == [f"Saving checkpoint to {tmp_path}/model_7.pth"]
+
+
+class Interrupted(Trainer):
+    """A trainer that is stopped by Ctrl-C in its third iteration."""
+
+    def __init__(self, cfg, model):
+        TrainerBase.__init__(self)
+        self.cfg = cfg
+        self._trainer = SimpleTrainer(model, [None], torch.optim.SGD(model.parameters(), 0.1))
+        self.start_iter, self.max_iter = 0, 9
+        self.register_hooks(self.build_hooks())
+
+    def build_hooks(self):
+        self.checkpointer = Checkpointer(self._trainer.model, self.cfg.OUTPUT_DIR)
+        return [PeriodicCheckpointer(self.checkpointer, self.cfg.SOLVER.CHECKPOINT_PERIOD)]
+
+    def run_step(self):
+        if self.iter == 2:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("period, sentence", [
+    (2, "Stopped in iteration 2. The same command with --resume goes on from {}/model_0000001.pth."),
+    (5, "Stopped in iteration 2. There is no checkpoint yet (see SOLVER.CHECKPOINT_PERIOD)."),
+])  # fmt: skip
+def test_ctrl_c(period, sentence, tmp_path, caplog):
+    """Saves nothing more, says how to go on, and ends the command without a traceback."""
+    cfg = get_cfg()
+    cfg.OUTPUT_DIR, cfg.SOLVER.CHECKPOINT_PERIOD = str(tmp_path), period
+    with pytest.raises(SystemExit) as error:
+        launch(lambda args: Interrupted(cfg, nn.Linear(1, 1)).train(), ARGUMENTS)
+    assert error.value.code == 130 and error.value.__suppress_context__
+    assert caplog.records[-1].getMessage() == sentence.format(tmp_path)
+    assert [p.name for p in tmp_path.glob("*.pth")] == (["model_0000001.pth"] if period == 2 else [])
+
+
+def test_ctrl_c_while_saving(saved, monkeypatch):
+    monkeypatch.setattr(torch, "save", lambda data, file: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        Checkpointer(nn.Linear(1, 1), str(saved)).save("model_3")
+    assert not list(saved.glob("*unfinished*"))
+    assert resume(saved) == 2
+
+
+@pytest.mark.parametrize("gpus", [0, 1])
+def test_more_gpus_than_there_are(gpus, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    sentence = rf"--num-gpus must be at most {gpus}, .*got 2\..* torchrun --standalone --nproc-per-node=2"
+    with pytest.raises(SystemExit, match=sentence):
+        launch(lambda args: pytest.fail("started"), Namespace(**{**vars(ARGUMENTS), "num_gpus": 2}))
+
+
+def test_a_process_that_ends_early(monkeypatch):
+    def start(*args, **kwargs):
+        raise ProcessExitedException("process 1 terminated with signal SIGKILL", 1, 2, -9)
+
+    monkeypatch.setattr("dcnv2_d2.engine.detectron2_launch", start)
+    with pytest.raises(SystemExit, match="^Error: process 1 terminated with signal SIGKILL$"):
+        launch(None, ARGUMENTS)
+
+
+def test_mistakes_are_told_without_a_traceback():
+    with pytest.raises(SystemExit, match="^Error: KEY must be 1, got 2$"), plain_errors():
+        raise ValueError("KEY must be 1, got 2")
+    with pytest.raises(KeyError), plain_errors():
+        raise KeyError("a bug")
 
 
 class Diverging(nn.Module):

@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class UnreadableCheckpoint(Exception):
-    """A checkpoint that is not a checkpoint, or no longer."""
+    """A file that is not a checkpoint, or is damaged."""
 
 
 def _read(reader, filename):
@@ -23,6 +23,13 @@ def _read(reader, filename):
         raise
     except Exception as e:
         raise UnreadableCheckpoint(f"checkpoint {filename} is not readable, perhaps truncated: {e}") from e
+
+
+class _FinalNames(logging.LoggerAdapter):
+    """Names a checkpoint in the log as it is called when it is whole."""
+
+    def process(self, msg, kwargs):
+        return msg.replace(Checkpointer.UNFINISHED, ".pth"), kwargs
 
 
 class Checkpointer(DetectionCheckpointer):
@@ -35,10 +42,14 @@ class Checkpointer(DetectionCheckpointer):
 
     UNFINISHED = ".unfinished.pth"
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.logger = _FinalNames(self.logger)
+
     def save(self, name, **kwargs):
         try:
             super().save(name + self.UNFINISHED.removesuffix(".pth"), **kwargs)
-        except Exception:
+        except BaseException:  # Ctrl-C too
             if self.save_dir and self.save_to_disk:
                 Path(self.save_dir, name + self.UNFINISHED).unlink(missing_ok=True)
             raise
