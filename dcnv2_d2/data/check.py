@@ -36,9 +36,10 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
 
     Raises:
         ValueError: a data set cannot be loaded, its classes are not those of the model or of the other data sets,
-            images are missing, nothing is annotated, what Detectron2 or the COCO evaluation needs is missing from images
-            or objects, boxes are empty or outside their images, or masks are missing. One message has all of it, with the first examples of
-            each, and with the machine where not all have the same. A few bad boxes are only logged.
+            images are missing, nothing is annotated, what Detectron2 or the COCO evaluation needs is missing from
+            images or objects, boxes are empty or outside their images, or masks are missing. One message has all of it,
+            with the first examples of each, and with the machine where not all have the same. A few bad boxes are only
+            logged.
     """
     own = (platform.node(), list(_all_problems(cfg, train))) if comm.get_local_rank() == 0 else None
     machines = [found for found in comm.all_gather(own) if found]

@@ -35,8 +35,8 @@ def deform_stages(resnet, cfg) -> None:
         )
     if not any(flags) and not cfg.MODEL.DCNV2.CONVS:
         logging.getLogger(__name__).warning(
-            "MODEL.BACKBONE.NAME is %s, but MODEL.RESNETS.DEFORM_ON_PER_STAGE chooses no stage: no layer of the backbone "
-            "is deformable.",
+            "MODEL.BACKBONE.NAME is %s, but MODEL.RESNETS.DEFORM_ON_PER_STAGE chooses no stage: no layer of the "
+            "backbone is deformable.",
             cfg.MODEL.BACKBONE.NAME,
         )
     for number, (stage, deform) in enumerate(zip(STAGES, flags, strict=True), start=2):

@@ -17,8 +17,8 @@ def deform_convs(model: nn.Module, cfg: CfgNode) -> None:
     MODEL.RESNETS.DEFORM_MODULATED and DEFORM_NUM_GROUPS.
 
     Raises:
-        ValueError: one of CONVS is not a regular expression, or finds no convolution larger than 1x1, one that is frozen
-            or one that cannot be converted (see DeformConv2d.from_conv).
+        ValueError: one of CONVS is not a regular expression, or finds no convolution larger than 1x1, one that is
+            frozen, or one that cannot be converted (see DeformConv2d.from_conv).
     """
     if "DCNV2" not in cfg.MODEL:
         return

@@ -19,7 +19,7 @@ CONFIG = Path(__file__).parents[2] / "configs/quick_start/mask_rcnn_small_mdconv
     [
         (
             "bent_shape_train",
-            r"nearest names are bent_shapes_train, bent_shapes_\w+, bent_shapes_\w+\. Files are given as",
+            r"nearest names are bent_shapes_train, (bent_shapes_\w+(, |\.)){2} ?Files",
         ),
         ("coco_2017_valid", r"nearest names are coco_2017_val"),
         ("xyzzy", r"\. Files are given as annotations\.json:folder_of_images"),

@@ -14,7 +14,7 @@ from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torch import nn
 
-# What Detectron2's configs/Base-RetinaNet.yaml and COCO-Detection/retinanet_R_50_FPN_1x.yaml set, data and schedule aside
+# What Detectron2's Base-RetinaNet.yaml and COCO-Detection/retinanet_R_50_FPN_1x.yaml set, data and schedule aside
 RETINANET = [
     *("MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.BACKBONE.NAME", "build_retinanet_resnet_fpn_backbone"),
     *("MODEL.RESNETS.DEPTH", 50, "MODEL.RESNETS.OUT_FEATURES", ["res3", "res4", "res5"]),
