@@ -67,8 +67,8 @@ def replace_data_loader(trainer, data_loader):
 def finish_models(finish: Callable) -> None:
     """Lets `finish(model, cfg)` change every model that detectron2.modeling.build_model makes.
 
-    DefaultTrainer, DefaultPredictor and scripts hold references to build_model, which looks up META_ARCH_REGISTRY when it
-    runs: so it is given one, with the same content, whose models are finished.
+    DefaultTrainer, DefaultPredictor and scripts hold references to build_model, which looks up META_ARCH_REGISTRY when
+    it runs: so it is given one, with the same content, whose models are finished.
     """
     from detectron2.modeling.meta_arch import build
 

@@ -240,8 +240,8 @@ def _launch(main, args) -> None:
         if args.num_gpus > max(gpus, 1):
             raise SystemExit(
                 f"Error: --num-gpus must be at most {gpus}, the GPUs there are, got {args.num_gpus}. To train on the "
-                f"CPU in several processes: torchrun --standalone --nproc-per-node={args.num_gpus} and the command without "
-                "--num-gpus"
+                f"CPU in several processes: torchrun --standalone --nproc-per-node={args.num_gpus}, and the command "
+                "without --num-gpus"
             )
         detectron2_launch(
             main,

@@ -40,11 +40,11 @@ def randomise(model):
             module.weight.normal_(0, 0.2 / (9 * module.in_channels) ** 0.5)
             module.bias.normal_(0, 0.5)
         elif name.endswith("cls_score"):
-            module.weight.normal_(0, 1.0 / module.in_features**0.5)
+            module.weight.normal_(0, 1.0 / module.weight[0].numel() ** 0.5)
         elif name.endswith(("objectness_logits", "anchor_deltas", "bbox_pred", "mask_head.predictor")):
             module.weight.normal_(0, 0.3 / module.weight[0].numel() ** 0.5)
         elif isinstance(module, nn.Linear) and "branch" in name:
-            module.weight.normal_(0, 1.0 / module.in_features**0.5)
+            module.weight.normal_(0, 1.0 / module.weight[0].numel() ** 0.5)
             module.bias.normal_(0, 0.1)
     return model
 

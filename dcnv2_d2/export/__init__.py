@@ -1,23 +1,23 @@
 """Detectors as torch.export programs and ONNX files, for images of any size."""
 
 import torch
-from torch import Tensor
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from .detector import Detector
 
 __all__ = ["Detector", "export_detector", "export_onnx"]
 
-MIN_SIZE, MAX_SIZE = 65, 4096  # pixels; of an image of 64, the coarsest FPN level is a single one: a case of its own
+MIN_SIZE, MAX_SIZE = 65, 4096  # pixels
 MIN_OPSET = 19
 MIN_TORCH = "2.8"
 
 
 @torch.no_grad()
-def export_detector(model) -> ExportedProgram:
-    """Exports the tensor part of a Faster or Mask R-CNN: from pixels Tensor[3, H, W] to Detector's results.
+def export_detector(model: nn.Module) -> ExportedProgram:
+    """Exports the tensor part of a RetinaNet, Faster or Mask R-CNN: from pixels Tensor[3, H, W] to Detector's results.
 
-    H and W may be anything from 65 to 4096. Save it with torch.export.save; to run a loaded one, dcnv2_d2.export must
+    H and W may be anything from 65 (RetinaNet: 129) to 4096. Save it with torch.export.save; to run a loaded one, dcnv2_d2.export must
     have been imported.
 
     Raises:
@@ -27,8 +27,9 @@ def export_detector(model) -> ExportedProgram:
     detector = Detector(model)
     if torch.__version__ < f"{MIN_TORCH}.0a0":
         raise ImportError(f"export_detector: torch must be {MIN_TORCH} or later, got {torch.__version__}")
-    image: Tensor = torch.zeros((3, 224, 320), device=model.device)
-    sizes = {1: Dim("height", min=MIN_SIZE, max=MAX_SIZE), 2: Dim("width", min=MIN_SIZE, max=MAX_SIZE)}
+    image = torch.zeros((3, 224, 320), device=model.device)
+    least = max(MIN_SIZE, detector.coarsest_stride + 1)  # a map of a single cell would be a case of its own
+    sizes = {1: Dim("height", min=least, max=MAX_SIZE), 2: Dim("width", min=least, max=MAX_SIZE)}
     return torch.export.export(detector, (image,), dynamic_shapes={"image": sizes}, strict=False)
 
 
