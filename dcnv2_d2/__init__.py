@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from typing import NoReturn
 
 # Before torch loads OpenMP: its threads spin so long while they wait that training takes several times longer as soon
 # as another process wants the same cores. This many spins, some microseconds, cost nothing on a quiet machine.
@@ -9,14 +10,22 @@ os.environ.setdefault("GOMP_SPINCOUNT", "30000")
 
 from . import compat
 
+__version__ = "0.1.0"
+__all__ = ["add_dcnv2_config", "load_config"]
+
 if compat.prepare():  # before anything that imports Detectron2
     from . import modeling  # noqa: F401
     from .config import add_dcnv2_config, load_config
-    from .data import register_all
+    from .data import register_bent_shapes
 
-    register_all()
-    __all__ = ["add_dcnv2_config", "load_config"]
+    register_bent_shapes()
 else:
+
+    def __getattr__(name: str) -> NoReturn:
+        if name in __all__:
+            raise ImportError(f"dcnv2_d2.{name} needs Detectron2, which is not installed. {compat.INSTALL_HINT}")
+        raise AttributeError(f"module 'dcnv2_d2' has no attribute {name!r}")
+
     warnings.warn(
         f"Detectron2 is not installed; only dcnv2_d2.ops and dcnv2_d2.layers can be used. {compat.INSTALL_HINT}",
         stacklevel=2,

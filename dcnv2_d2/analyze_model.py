@@ -14,6 +14,7 @@ import argparse
 import csv
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -63,7 +64,7 @@ def deform_conv2d(input, offset, weight, *args, out_shape, interpolation=False):
     return 2 * taps * (in_group * out_channels + 4 * interpolation * channels)
 
 
-def pooling(ratio: int):
+def pooling(ratio: int) -> Callable[..., int]:
     """The formula of an operator whose sampling ratio is the argument of this number."""
     return lambda *args, out_shape: 2 * math.prod(out_shape) * args[ratio] ** 2 * 4
 

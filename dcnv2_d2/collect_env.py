@@ -80,7 +80,7 @@ FACTS = {
 }
 
 
-def collect_env():
+def collect_env() -> str:
     """Returns the table as a string. What cannot be found out is reported as the reason why, never raised."""
     lines = []
     for name, fact in FACTS.items():

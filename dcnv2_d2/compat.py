@@ -5,34 +5,35 @@ takes seconds); on main, and on any later Detectron2, :func:`prepare` changes no
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec, module_from_spec
 from pathlib import Path
+from typing import Any
 
 INSTALL_HINT = "pip install --no-build-isolation git+https://github.com/facebookresearch/detectron2.git"
 
 
-def find_detectron2():
+def find_detectron2() -> Path | None:
     """Returns Detectron2's directory, or None if it is not installed."""
     spec = find_spec("detectron2")
     # A folder that is merely called detectron2, such as a clone beside the script, has no origin.
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def has_compiled_part():
+def has_compiled_part() -> bool:
     """Whether Detectron2 has its own `_C`: rotated boxes, its deformable layers, the fast COCO evaluation."""
     root = find_detectron2()
     # Not find_spec("detectron2._C"): that imports detectron2, and would find our stand-in.
     return root is not None and PathFinder.find_spec("detectron2._C", [str(root)]) is not None
 
 
-def has_fast_coco_eval():
+def has_fast_coco_eval() -> bool:
     """What to pass to COCOEvaluator as `use_fast_impl`; 0.6 does not fall back to the official one by itself."""
     return has_compiled_part()
 
 
-def create_local_process_group(size):
+def create_local_process_group(size: int) -> None:
     """Tells Detectron2 which processes are on this machine, `size` of them on each; after init_process_group."""
     from detectron2.utils import comm
 
@@ -46,7 +47,7 @@ def create_local_process_group(size):
     comm._LOCAL_PROCESS_GROUP = groups[dist.get_rank() // size]
 
 
-def distribute_on_cpu():
+def distribute_on_cpu() -> None:
     """Makes Detectron2's trainers wrap models for several processes that have no GPU."""
     from functools import partial
 
@@ -55,7 +56,7 @@ def distribute_on_cpu():
     defaults.create_ddp_model = partial(defaults.create_ddp_model, device_ids=None)
 
 
-def replace_data_loader(trainer, data_loader):
+def replace_data_loader(trainer: Any, data_loader: Iterable) -> None:
     """Gives a SimpleTrainer of Detectron2 another data loader before its first step."""
     if hasattr(trainer, "reset_data_loader"):
         trainer.reset_data_loader(lambda: data_loader)
@@ -64,15 +65,16 @@ def replace_data_loader(trainer, data_loader):
         trainer._data_loader_iter = iter(data_loader)
 
 
-def finish_models(finish: Callable) -> None:
+def finish_models(finish: Callable[..., None]) -> None:
     """Lets `finish(model, cfg)` change every model that detectron2.modeling.build_model makes.
 
     DefaultTrainer, DefaultPredictor and scripts hold references to build_model, which looks up META_ARCH_REGISTRY when
     it runs: so it is given one, with the same content, whose models are finished.
     """
     from detectron2.modeling.meta_arch import build
+    from detectron2.utils.registry import Registry
 
-    class Finishing(type(build.META_ARCH_REGISTRY)):
+    class Finishing(Registry):
         def get(self, name):
             make = super().get(name)
 
@@ -88,7 +90,7 @@ def finish_models(finish: Callable) -> None:
     build.META_ARCH_REGISTRY = registry
 
 
-def prepare():
+def prepare() -> bool:
     """Makes Detectron2 importable beside current NumPy and Pillow; call before the first import from it.
 
     Returns:

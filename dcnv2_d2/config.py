@@ -123,10 +123,10 @@ def _merge_file(cfg: CfgNode, config_file: str) -> None:
         cfg.OUTPUT_DIR = f"output/{Path(config_file).stem}"
 
 
-def _with_lists(opts: Sequence[str]) -> list:
+def _with_lists(opts: Sequence[str]) -> list[str | tuple[str]]:
     """Keys and values, in which a single data set or expression needs no parentheses."""
-    values = list(opts)
-    for i, key in enumerate(values[:-1:2]):
+    values: list[str | tuple[str]] = list(opts)
+    for i, key in enumerate(opts[:-1:2]):
         value = values[2 * i + 1]
         if key in LISTS and isinstance(value, str) and value[:1] not in ("(", "["):
             values[2 * i + 1] = (value,)

@@ -7,12 +7,14 @@ import os
 import signal
 import weakref
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from detectron2.config import CfgNode
 from detectron2.data import DatasetFromList, MapDataset, MetadataCatalog, build_detection_train_loader
 from detectron2.data.build import _train_loader_from_config
 from detectron2.engine import DefaultTrainer, HookBase
@@ -45,7 +47,7 @@ class Trainer(DefaultTrainer):
     """
 
     @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+    def build_evaluator(cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None) -> DatasetEvaluators:
         folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
         evaluators = []
@@ -64,11 +66,11 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(evaluators)
 
     @classmethod
-    def build_optimizer(cls, cfg, model):
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_train_loader(cls, cfg, start_iter=0):
+    def build_train_loader(cls, cfg: CfgNode, start_iter: int = 0) -> Iterable:
         """Detectron2's loader, which with a SEED leaves out the batches before start_iter."""
         if cfg.SEED < 0:
             return super().build_train_loader(cfg)
@@ -89,12 +91,12 @@ class Trainer(DefaultTrainer):
         )
         return build_detection_train_loader(**options | {"dataset": stream, "sampler": None, "mapper": None})
 
-    def build_hooks(self):
+    def build_hooks(self) -> list[HookBase]:
         self.checkpointer = Checkpointer(self._trainer.model, self.cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         hooks = super().build_hooks()
         return [SeedEachStep(self.cfg.SEED), *hooks] if self.cfg.SEED >= 0 else hooks
 
-    def train(self):
+    def train(self) -> dict | None:
         forget(set(self.cfg.DATASETS.TRAIN) - set(self.cfg.DATASETS.TEST))  # the loader has what it needs of them
         try:
             return super().train()
@@ -107,13 +109,13 @@ class Trainer(DefaultTrainer):
             return "There is no checkpoint yet (see SOLVER.CHECKPOINT_PERIOD)."
         return f"The same command with --resume goes on from {self.checkpointer.get_checkpoint_file()}."
 
-    def resume_or_load(self, resume=True):
+    def resume_or_load(self, resume: bool = True) -> None:
         super().resume_or_load(resume)
         if self.start_iter and self.cfg.SEED >= 0:
             compat.replace_data_loader(self._trainer, self.build_train_loader(self.cfg, self.start_iter))
 
-    def run_step(self):
-        step = {"batch": []}
+    def run_step(self) -> None:
+        step: dict = {"batch": []}
 
         def remember(model, args):
             device = next(model.parameters()).device.type
@@ -129,10 +131,10 @@ class Trainer(DefaultTrainer):
             handle.remove()
 
     # Detectron2 0.6 leaves the optimizer's state out of its checkpoints (detectron2 #4110); main does the same as here.
-    def state_dict(self):
+    def state_dict(self) -> dict:
         return super().state_dict() | {"_trainer": self._trainer.state_dict()}
 
-    def load_state_dict(self, state_dict):
+    def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)
         self._trainer.load_state_dict(state_dict["_trainer"])
 
@@ -151,13 +153,13 @@ class SeedEachStep(HookBase):
     def __init__(self, seed: int):
         self.seed = seed
 
-    def before_train(self):
+    def before_train(self) -> None:
         # Between data and model: what loading the images leaves behind depends on the loader's workers.
         self.handle = self.trainer._trainer.model.register_forward_pre_hook(
             lambda *_: seed_by(self.seed, comm.get_rank(), self.trainer.iter)
         )
 
-    def after_train(self):
+    def after_train(self) -> None:
         self.handle.remove()
 
 
@@ -180,7 +182,7 @@ def explain_divergence(model: nn.Module, batch: list[dict], autocast: AbstractCo
     if isinstance(model, nn.parallel.DistributedDataParallel):  # A second pass would wait for the other processes.
         return f"Images of this step on this process: {', '.join(names)}."
     for record, name in zip(batch, names, strict=True):
-        layers = []
+        layers: list[str] = []
         hooks = [
             module.register_forward_hook(functools.partial(_note_if_not_finite, layers, path))
             for path, module in model.named_modules()
@@ -198,12 +200,12 @@ def explain_divergence(model: nn.Module, batch: list[dict], autocast: AbstractCo
     return f"No single image of this step repeats it: {', '.join(names)}."
 
 
-def _note_if_not_finite(layers: list[str], path: str, module, inputs, output) -> None:
+def _note_if_not_finite(layers: list[str], path: str, module: nn.Module, inputs: tuple, output: Any) -> None:
     if not _finite(output):
         layers.append(path or type(module).__name__)
 
 
-def _finite(output) -> bool:
+def _finite(output: Any) -> bool:
     numbers = (t for t in tree_leaves(output) if isinstance(t, torch.Tensor) and t.is_floating_point())
     return all(bool(t.isfinite().all()) for t in numbers)
 
@@ -234,7 +236,7 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
         raise SystemExit(f"Error: {error}") from None
 
 
-def _launch(main, args) -> None:
+def _launch(main: Callable[[Namespace], object], args: Namespace) -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         gpus = torch.cuda.device_count()
         if args.num_gpus > max(gpus, 1):

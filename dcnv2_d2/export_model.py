@@ -1,4 +1,4 @@
-"""Exports a Faster or Mask R-CNN for images of any size, and compares it with the model on an image.
+"""Exports a RetinaNet, Faster or Mask R-CNN for images of any size, and compares it with the model on an image.
 
 python -m dcnv2_d2.export_model --config-file CONFIG --output model.onnx --image a.jpg --opts MODEL.WEIGHTS model.pth
 """
@@ -12,7 +12,8 @@ from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
 
 from .checkpoint import Checkpointer
-from .config import load_config
+from .config import load_config, require_weights
+from .engine import plain_errors
 from .export import MIN_OPSET, Detector, export_detector, export_onnx
 
 
@@ -47,11 +48,11 @@ def main():
     if args.opset < MIN_OPSET:
         parser.error(f"--opset must be {MIN_OPSET} or later, the first with DeformConv, got {args.opset}")
 
-    cfg = load_config(args.config_file, args.opts)
+    with plain_errors():
+        cfg = load_config(args.config_file, args.opts)
+        require_weights(cfg)
     cfg.MODEL.DEVICE = "cpu"
     model = build_model(cfg).eval()
-    if not cfg.MODEL.WEIGHTS:
-        parser.error("MODEL.WEIGHTS must be given: an untrained model is not worth exporting")
     Checkpointer(model).load(cfg.MODEL.WEIGHTS)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     try:

@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from dcnv2_d2 import analyze_support, register_all
+from dcnv2_d2 import analyze_support, register_bent_shapes
 from dcnv2_d2.analysis import BackboneNode, RoINode, choose_nodes, effective_receptive_field
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.structures import Boxes, Instances
@@ -83,7 +83,7 @@ def test_one_model_and_its_own_detections(runs, monkeypatch, tmp_path):
 
 def test_dilation(runs, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
-    register_all(str(tmp_path))
+    register_bent_shapes(str(tmp_path))
     try:
         call(monkeypatch, "--runs", f"DCNv2={runs / 'DCNv2'}", "--dilation", "2", "--output", tmp_path)
         assert "res5.1.conv2" in capsys.readouterr().out
@@ -92,7 +92,7 @@ def test_dilation(runs, monkeypatch, tmp_path, capsys):
             call(monkeypatch, "--runs", f"a={runs / 'regular'}", "--dilation", "1", "--output", tmp_path)
     finally:
         monkeypatch.undo()
-        register_all()
+        register_bent_shapes()
 
 
 @pytest.mark.parametrize(

@@ -100,3 +100,18 @@ def test_nothing_to_do(content, sentence, tmp_path, monkeypatch):
         (tmp_path / "input").mkdir()
     with pytest.raises(SystemExit, match=f"--input .*{sentence} .*input"):
         run(monkeypatch, "--input", tmp_path / "input", "--output", tmp_path / "output")
+
+
+@pytest.mark.parametrize("weights", [[], ["MODEL.WEIGHTS", "detectron2://ImageNetPretrained/MSRA/R-50.pkl"]])
+def test_without_a_trained_detector(weights, pictures, tmp_path, monkeypatch):
+    options = ["--input", pictures, "--output", tmp_path, "--opts", "OUTPUT_DIR", tmp_path, *weights]
+    with pytest.raises(SystemExit, match=r"^Error: MODEL\.WEIGHTS must be given, those of a trained detector, got"):
+        run(monkeypatch, *options)
+
+
+def test_class_names_of_a_data_set_that_is_not_there(weights, pictures, tmp_path, monkeypatch):
+    options = ["--input", pictures, "--output", tmp_path, "--opts", "MODEL.WEIGHTS", weights, "DATASETS.TEST"]
+    with pytest.raises(SystemExit, match=r"nowhere\.json does not exist$"):
+        run(monkeypatch, *options, f"{tmp_path}/nowhere.json:{tmp_path}")
+    with pytest.raises(SystemExit, match="^Error: no data set has this name; the nearest names are bent_shapes_"):
+        run(monkeypatch, *options, "bent_shape_val")

@@ -181,6 +181,30 @@ def test_resume_continues_the_optimizer(resumed):
     assert {int(parameter["step"]) for parameter in state.values()} == {5}
 
 
+def test_eval_only_without_weights(tmp_path):
+    process = train_net(tmp_path, "--eval-only")
+    assert process.returncode == 1 and "Traceback" not in process.stderr
+    assert process.stderr.endswith("Error: MODEL.WEIGHTS must be given, those of a trained detector, got ''\n")
+
+
+def test_data_that_is_missing(tmp_path):
+    """COCO that was never downloaded, and a misspelt name: told before anything is built, without a traceback."""
+    command = [sys.executable, "train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path / "run")]
+    process = subprocess.run(
+        [*command, "DATASETS.TRAIN", "coco_2017_train", "DATASETS.TEST", "bent_shapes_tiny_vall"],
+        cwd=ROOT, env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert process.returncode == 1 and "Traceback" not in process.stdout + process.stderr
+    error = process.stderr[process.stderr.index("Error: ") :].splitlines()
+    assert error == [
+        "Error: the data sets cannot be used:",
+        "  bent_shapes_tiny_vall: no data set has this name; the nearest names are bent_shapes_tiny_val, "
+        "bent_shapes_ablation_val, bent_shapes_tiny_train. Files are given as annotations.json:folder_of_images",
+        f"  coco_2017_train: {tmp_path}/coco/annotations/instances_train2017.json does not exist; set "
+        f"DETECTRON2_DATASETS to the folder that holds your data sets, now {tmp_path}",
+    ]
+
+
 def test_unknown_key_is_named(tmp_path):
     """With the script of the checkout."""
     command = [sys.executable, ROOT / "train_net.py", "--config-file", CONFIG, *TINY, "MODEL.DCNV2.MASK_SCALES", "2.0"]

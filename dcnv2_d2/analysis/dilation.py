@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from detectron2.structures import BoxMode
 from tabulate import tabulate
-from torch import Tensor, nn
+from torch import Tensor
 
-from .nodes import evaluation, preprocess
+from .nodes import Model, evaluation, preprocess
 from .sampling import SamplingRecord, record_sampling, strides
 
 CLASSES = ("small", "medium", "large", "background")
@@ -39,7 +39,7 @@ class DilationTable:
         return tabulate(rows, ["layer", *CLASSES], tablefmt="github")
 
 
-def effective_dilation(model: nn.Module, inputs: Iterable[dict], areas: Sequence[float] = AREAS) -> DilationTable:
+def effective_dilation(model: Model, inputs: Iterable[dict], areas: Sequence[float] = AREAS) -> DilationTable:
     """Measures the deformable layers of a model's backbone on annotated images.
 
     A filter belongs to the class of the box that its centre is in, of the smallest one if there are several, or to the
@@ -85,7 +85,9 @@ def filter_dilation(record: SamplingRecord) -> Tensor:
     return torch.cat(distances, dim=1).mean(dim=1)
 
 
-def _classes_of_filters(record, inputs, padded_size, areas) -> Tensor:
+def _classes_of_filters(
+    record: SamplingRecord, inputs: dict, padded_size: Sequence[int], areas: Sequence[float]
+) -> Tensor:
     """The index into CLASSES of each output position of a layer that is in the image: Tensor[h, w]."""
     step = strides(padded_size, record.position.shape[-2:]).int().tolist()
     resized = inputs["image"].shape[-2:]

@@ -5,8 +5,11 @@ import re
 from pathlib import Path
 
 import numpy as np
+from detectron2.data import Metadata
+from detectron2.structures import Instances
 from detectron2.utils.visualizer import Visualizer
 from matplotlib import colormaps
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
@@ -18,13 +21,13 @@ def _panels(rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def _show(axes, image: np.ndarray, title: str) -> None:
+def _show(axes: Axes, image: np.ndarray, title: str) -> None:
     axes.imshow(image)
     axes.set_title(title, fontsize=9)
     axes.set_axis_off()
 
 
-def draw_predictions(path: Path, samples: list[tuple[np.ndarray, dict, object]], metadata) -> None:
+def draw_predictions(path: Path, samples: list[tuple[np.ndarray, dict, Instances]], metadata: Metadata) -> None:
     """Pairs of pictures: predictions beside ground truth.
 
     Args:
@@ -58,9 +61,9 @@ def draw_sampling(path: Path, samples: list[tuple[np.ndarray, str, tuple[float, 
         a.set_axis_off()
     for a, (image, title, node, points, modulation) in zip(axes.flat, samples, strict=False):
         _show(a, image, title)
-        points, modulation = points.cpu().numpy(), modulation.cpu().numpy()
         order = modulation.argsort()  # the strongest on top
-        dots = a.scatter(points[order, 1], points[order, 0], c=modulation[order], s=5, cmap="autumn_r", linewidths=0)
+        (y, x), shade = points[order].T.cpu(), modulation[order].cpu()
+        dots = a.scatter(x, y, c=shade, s=5, cmap="autumn_r", linewidths=0)
         a.plot(node[1], node[0], "+", color="lime", markersize=12, markeredgewidth=2)
         a.set_xlim(-0.5, image.shape[1] - 0.5)
         a.set_ylim(image.shape[0] - 0.5, -0.5)
@@ -75,11 +78,11 @@ def draw_curves(path: Path, metrics_file: Path) -> None:
         metrics_file: what Detectron2's JSONWriter wrote, metrics.json. Of an iteration that a resumed run repeated, the
             last line counts.
     """
-    lines = {}
+    lines: dict[int, dict] = {}
     for line in metrics_file.read_text().splitlines():
         entry = json.loads(line)
         lines.setdefault(entry["iteration"], {}).update(entry)
-    series = {}
+    series: dict[str, list] = {}
     for iteration, entry in sorted(lines.items()):
         for name, value in entry.items():
             series.setdefault(name, []).append((iteration, value))
@@ -108,8 +111,9 @@ def draw_curves(path: Path, metrics_file: Path) -> None:
             a.invert_yaxis()
             continue
         count = len(names)
-        palette = colormaps["tab10" if count <= 10 else "tab20"].colors
-        a.set_prop_cycle(color=palette if count <= 20 else colormaps["turbo"].resampled(count).colors)
+        palette = colormaps["tab10" if count <= 10 else "tab20" if count <= 20 else "turbo"]
+        places = range(count) if count <= 20 else np.linspace(0, 1, count)  # of a list of colours, of a scale
+        a.set_prop_cycle(color=[palette(place) for place in places])
         for name in names:
             label = name.removesuffix("/offset_mean").removesuffix("/mask_mean")
             a.plot(*zip(*series[name], strict=True), label=label, marker="." if len(series[name]) < 3 else None)

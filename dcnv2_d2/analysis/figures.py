@@ -3,13 +3,15 @@
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torchvision.transforms.functional import gaussian_blur
 
-from .nodes import BackboneNode
+from .nodes import BackboneNode, RoINode
 from .support import Support
 
 INSTRUMENTS = ("sampling locations", "effective receptive field", "saliency region")
@@ -39,7 +41,7 @@ def draw_supports(path: Path, supports: dict[str, list[Support]], rows: Sequence
     size = np.array([LEFT + sum(widths) - MODEL_GAP, TOP + len(rows) * (height + GAP) + BOTTOM])
     figure = Figure(figsize=tuple(size), dpi=DPI)
 
-    def place(x, y):
+    def place(x: float, y: float) -> tuple[float, float]:
         """Figure coordinates of a point in inches from the upper left corner."""
         return x / size[0], 1 - y / size[1]
 
@@ -66,26 +68,25 @@ def draw_supports(path: Path, supports: dict[str, list[Support]], rows: Sequence
     figure.savefig(path, pil_kwargs={"optimize": True})
 
 
-def _draw_locations(axes, support: Support) -> None:
+def _draw_locations(axes: Axes, support: Support) -> None:
     axes.imshow(_muted(support.image, 0.7))
-    bins = [layer for layer in support.locations if layer.of_bins]
+    node = support.node
+    layers = [layer for layer in support.locations if layer.of_bins or isinstance(node, BackboneNode)]
     position, strength = (
-        np.concatenate([getattr(layer, name).cpu().numpy() for layer in bins or support.locations])
-        for name in ("position", "strength")
+        np.concatenate([getattr(layer, name).cpu().numpy() for layer in layers]) for name in ("position", "strength")
     )
     shade = _shade(strength)
     order = shade.argsort()  # the strongest on top
     (y, x), shade = position[order].T, shade[order]
-    if bins:
-        node = support.node
+    if isinstance(node, RoINode):
         spacing = ((node.x2 - node.x1) * (node.y2 - node.y1) / len(x)) ** 0.5 * PANEL * 72 / support.image.shape[1]
-        style = {"s": min(0.8 * spacing, 4.5) ** 2, "marker": "s", "edgecolors": "k", "linewidths": 0.4}
+        style: dict[str, Any] = {"s": min(0.8 * spacing, 4.5) ** 2, "marker": "s", "edgecolors": "k", "linewidths": 0.4}
     else:
         style = {"s": 2 + 16 * shade, "marker": "o", "alpha": shade, "linewidths": 0}
     axes.scatter(x, y, c=shade, cmap=DOTS, vmin=0, vmax=1, **style)
 
 
-def _draw_receptive_field(axes, support: Support) -> None:
+def _draw_receptive_field(axes: Axes, support: Support) -> None:
     axes.imshow(_muted(support.image, 0.7))
     field = support.receptive_field[None].cpu()
     side = 2 * (min(field.shape[-2:]) // 128) + 3
@@ -93,12 +94,12 @@ def _draw_receptive_field(axes, support: Support) -> None:
     axes.imshow(shade, cmap=HEAT, alpha=np.clip(1.5 * shade, 0, 1), vmin=0, vmax=1)
 
 
-def _draw_saliency(axes, support: Support) -> None:
+def _draw_saliency(axes: Axes, support: Support) -> None:
     region = support.saliency.mask.cpu().numpy()
     axes.imshow(np.where(region[..., None], support.image, _muted(support.image, 0.35)))
 
 
-def _mark_node(axes, node) -> None:
+def _mark_node(axes: Axes, node: BackboneNode | RoINode) -> None:
     if isinstance(node, BackboneNode):
         axes.plot(node.x, node.y, "+", color=NODE, markersize=9, markeredgewidth=1.8)
     else:  # boxes count from the corner of the image, pictures from the middle of the first pixel

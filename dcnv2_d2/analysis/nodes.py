@@ -1,15 +1,19 @@
 """Nodes of a network, and what they respond to an image (Deformable ConvNets v2, section 2)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
+from detectron2.modeling import GeneralizedRCNN, RetinaNet, SemanticSegmentor
 from detectron2.structures import Boxes, ImageList, Instances
 from torch import Tensor, nn
 
 from .sampling import strides
 
+# These have no base class of their own; any other model with backbone, device, pixel_mean and preprocess_image will do.
+Model: TypeAlias = GeneralizedRCNN | RetinaNet | SemanticSegmentor
 Respond = Callable[[Tensor], Tensor]  # images Tensor[N, 3, H, W] -> responses Tensor[N, D]
 
 
@@ -26,7 +30,7 @@ class BackboneNode:
     y: float
     feature: str | None = None
 
-    def respond(self, model: nn.Module, images: Tensor) -> Tensor:
+    def respond(self, model: Model, images: Tensor) -> Tensor:
         """
         Args:
             model: a Detectron2 model; it runs in evaluation mode, and is left in the modes it was in.
@@ -43,7 +47,7 @@ class BackboneNode:
             raise ValueError(f"BackboneNode: x, y must be in the image ({width} x {height}), got {self.x}, {self.y}")
         with evaluation(model):
             padded = preprocess(model, images).tensor
-            body = getattr(model.backbone, "bottom_up", model.backbone)
+            body: nn.Module = getattr(model.backbone, "bottom_up", model.backbone)
             features = body(padded)
             if self.feature is not None and self.feature not in features:
                 features = model.backbone(padded)
@@ -69,7 +73,7 @@ class RoINode:
     x2: float
     y2: float
 
-    def respond(self, model: nn.Module, images: Tensor) -> Tensor:
+    def respond(self, model: Model, images: Tensor) -> Tensor:
         """As BackboneNode.respond.
 
         Raises:
@@ -101,7 +105,7 @@ class RoINode:
                 handle.remove()
         raise RuntimeError("RoINode: the RoI heads did not run their box_predictor")
 
-    def clipped(self, image_size: tuple[int, int]) -> tuple[float, float, float, float]:
+    def clipped(self, image_size: Sequence[int]) -> tuple[float, float, float, float]:
         """(x1, y1, x2, y2) of the part that is in an image of (height, width)."""
         height, width = image_size
         x1, x2 = max(self.x1, 0.0), min(self.x2, float(width))
@@ -149,6 +153,6 @@ def _stop(module, inputs):
     raise _Reached(inputs[0])
 
 
-def preprocess(model: nn.Module, images: Tensor) -> ImageList:
+def preprocess(model: Model, images: Tensor) -> ImageList:
     """Images of intensity 0 to 255, Tensor[N, 3, H, W], as the backbone takes them: normalised and padded."""
     return model.preprocess_image([{"image": image} for image in images])

@@ -1,16 +1,17 @@
 """The pictures at the end of a training run."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, DatasetMapper, MetadataCatalog
 from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.structures import BoxMode
-from torch import nn
 
 from .drawing import draw_curves, draw_predictions, draw_sampling
-from .nodes import evaluation
+from .nodes import Model, evaluation
 from .sampling import record_sampling, sampling_points
 
 NUM_IMAGES = 6
@@ -19,7 +20,7 @@ LEVELS = 3  # of stacked deformable layers, as in the paper's figures: 9, 81, 72
 
 
 @torch.no_grad()
-def write_report(cfg, model: nn.Module) -> list[Path]:
+def write_report(cfg: CfgNode, model: Model) -> list[Path]:
     """Draws predictions, sampling points and training curves into cfg.OUTPUT_DIR.
 
     Args:
@@ -32,7 +33,7 @@ def write_report(cfg, model: nn.Module) -> list[Path]:
     """
     folder = Path(cfg.OUTPUT_DIR)
     written = []
-    predictions, nodes = [], []
+    predictions, nodes = list[Any](), list[Any]()
     if cfg.DATASETS.TEST:
         with evaluation(model):
             predictions, nodes = _run(cfg, model)
@@ -48,7 +49,7 @@ def write_report(cfg, model: nn.Module) -> list[Path]:
     return written
 
 
-def _run(cfg, model):
+def _run(cfg: CfgNode, model: Model) -> tuple[list, list]:
     """Runs the model on a few images spread over the test set; returns what draw_predictions and draw_sampling want."""
     name = cfg.DATASETS.TEST[0]
     metadata = MetadataCatalog.get(name)

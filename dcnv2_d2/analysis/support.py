@@ -3,14 +3,15 @@
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from detectron2.data.detection_utils import convert_image_to_rgb
-from torch import Tensor, nn
+from torch import Tensor
 
 from .locations import LAYERS, Locations, effective_locations
-from .nodes import BackboneNode, RoINode, evaluation
+from .nodes import BackboneNode, Model, RoINode, evaluation
 from .receptive_field import effective_receptive_field
 from .saliency import SaliencyRegion, saliency_region
 
@@ -41,7 +42,7 @@ class Support:
         `saliency_cell`; each layer has `<name>/position`, `<name>/gradient` (rows y, x) and `<name>/modulation`.
         """
         node = self.node
-        arrays = {
+        arrays: dict[str, Any] = {
             "image": self.image,
             "node": [node.x, node.y] if isinstance(node, BackboneNode) else [node.x1, node.y1, node.x2, node.y2],
             "receptive_field": self.receptive_field.cpu().numpy(),
@@ -57,7 +58,7 @@ class Support:
 
 
 def find_support(
-    model: nn.Module, image: Tensor, node: BackboneNode | RoINode, title: str = "", *, layers: str = LAYERS, **search
+    model: Model, image: Tensor, node: BackboneNode | RoINode, title: str = "", *, layers: str = LAYERS, **search: Any
 ) -> Support:
     """Points all three instruments at a node.
 
@@ -85,7 +86,7 @@ def find_support(
 
 
 @torch.no_grad()
-def choose_nodes(model: nn.Module, image: Tensor, score: float = 0.5) -> dict[str, tuple[BackboneNode, RoINode]]:
+def choose_nodes(model: Model, image: Tensor, score: float = 0.5) -> dict[str, tuple[BackboneNode, RoINode]]:
     """Nodes on a small object, a large object and the background, by the model's own detections.
 
     Args:

@@ -3,11 +3,12 @@
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.utils import comm
 
-from ..layers import ModulatedDeformConv2d
+from .joining import add_mask_logits
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ class Checkpointer(DetectionCheckpointer):
 
     A checkpoint that it saves exists wholly or not at all; resuming passes over unreadable ones to the last that can
     be read. The offsets of a v1 model fit into a v2 model, where Detectron2 leaves out every tensor of another shape.
-    (For checkpoints with our own names: those of Detectron2's dconv models pass its check of shapes.)
     """
 
     UNFINISHED = ".unfinished.pth"
@@ -46,7 +46,7 @@ class Checkpointer(DetectionCheckpointer):
         super().__init__(*args, **kwargs)
         self.logger = _FinalNames(self.logger)
 
-    def save(self, name, **kwargs):
+    def save(self, name: str, **kwargs: Any) -> None:
         try:
             super().save(name + self.UNFINISHED.removesuffix(".pth"), **kwargs)
         except BaseException:  # Ctrl-C too
@@ -54,13 +54,13 @@ class Checkpointer(DetectionCheckpointer):
                 Path(self.save_dir, name + self.UNFINISHED).unlink(missing_ok=True)
             raise
 
-    def tag_last_checkpoint(self, last_filename_basename):
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         """save calls this when the file is whole."""
         name = last_filename_basename.removesuffix(self.UNFINISHED) + ".pth"
         os.replace(os.path.join(self.save_dir, last_filename_basename), os.path.join(self.save_dir, name))
         super().tag_last_checkpoint(name)
 
-    def resume_or_load(self, path, *, resume=True):
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         if not resume or not self.has_checkpoint():
             return super().resume_or_load(path, resume=resume)
         # The main process chooses, as all must load the same.
@@ -92,7 +92,7 @@ class Checkpointer(DetectionCheckpointer):
         if not isinstance(content, dict):
             raise UnreadableCheckpoint(f"checkpoint {file} does not hold a dictionary")
 
-    def load(self, path, *args, **kwargs):
+    def load(self, path: str, *args: Any, **kwargs: Any) -> dict[str, Any]:
         if path and path.endswith(".pkl") and not path.startswith("detectron2://"):
             logger.warning("%s is a pickle, which can run code while it is read: use it only if you trust it.", path)
         return super().load(path, *args, **kwargs)
@@ -101,8 +101,6 @@ class Checkpointer(DetectionCheckpointer):
         return _read(super()._load_file, filename)
 
     def _load_model(self, checkpoint):
-        for name, layer in self.model.named_modules():
-            if isinstance(layer, ModulatedDeformConv2d):
-                for prefix in (f"{name}.", f"module.{name}."):  # saved from a distributed model
-                    layer.accept_v1(checkpoint["model"], prefix)
+        for prefix in ("", "module."):  # saved from a distributed model
+            add_mask_logits(checkpoint["model"], self.model, prefix)
         return super()._load_model(checkpoint)

@@ -46,7 +46,7 @@ def read_checkpoint(path: str, *, trust: bool = False) -> tuple[dict[str, Tensor
     return weights, next((text for text in texts if isinstance(text, str)), "")
 
 
-def _describe(content) -> str:
+def _describe(content: object) -> str:
     if isinstance(content, dict):
         return f"a dict of {', '.join(map(str, list(content)[:5])) or 'nothing'}"
     return f"a {type(content).__name__}"

@@ -1,9 +1,31 @@
-"""Separate predictions of offset and mask become the joint ones of this package, with the same function."""
+"""Other predictions of offset and mask become the joint ones of this package, with the same function."""
 
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..layers import ModulatedDeformConv2d
+
+
+def add_mask_logits(state_dict: dict[str, Tensor], model: nn.Module, prefix: str = "") -> None:
+    """Makes v1 weights fit a v2 model, in place: the prediction convolutions get mask logits of 0, as in a new layer.
+
+    Args:
+        state_dict: with any of the names that the layers accept; what has the model's shapes already stays.
+        model: the v2 model.
+        prefix: of all names in state_dict.
+    """
+    for layer_name, layer in model.named_modules():
+        if not isinstance(layer, ModulatedDeformConv2d):
+            continue
+        path = prefix + layer_name
+        for convolution in (f"{path}.conv_offset", f"{path}.conv_offset_mask", f"{path}_offset"):
+            for kind, own in layer.conv_offset.named_parameters():
+                given = state_dict.get(f"{convolution}.{kind}")
+                if given is not None and len(given) * 3 == len(own) * 2:
+                    logits = own.new_zeros((len(own) - len(given), *own.shape[1:]))
+                    state_dict[f"{convolution}.{kind}"] = torch.cat([torch.as_tensor(given).to(logits), logits])
 
 
 def join_prediction_convs(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -79,7 +79,9 @@ def from_mmdetection(state_dict: Mapping[str, Tensor], config_text: str = "", *,
         ValueError: it is not a Faster, Mask or Cascade R-CNN with a ResNet and FPN; the sentence says what is missing.
     """
     legacy = any(name.startswith("bbox_head.") for name in state_dict)
-    model, levels, unmatched = {}, {}, []
+    model: dict[str, Tensor] = {}
+    levels: dict[int, dict[str, Tensor]] = {}
+    unmatched: list[str] = []
     for name, tensor in state_dict.items():
         if name.endswith(".num_batches_tracked"):
             continue

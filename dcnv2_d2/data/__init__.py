@@ -1,6 +1,6 @@
 """The generated data set "bent shapes", data sets given by their files, and (check.py) what may be wrong with one."""
 
 from .files import register_files
-from .generate import ensure_generated, register_all
+from .generate import ensure_generated, register_bent_shapes
 
-__all__ = ["ensure_generated", "register_all", "register_files"]
+__all__ = ["ensure_generated", "register_bent_shapes", "register_files"]

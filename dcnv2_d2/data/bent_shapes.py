@@ -61,13 +61,14 @@ def draw_scene(seed: int, index: int, spec: SceneSpec) -> tuple[np.ndarray, list
     for _ in range(rng.integers(spec.clutter[0], spec.clutter[1] + 1)):
         _paint(canvas, [_clutter(rng, rng.uniform(12, 60) * scale, size)], _clutter_color(rng, spec), rng)
 
-    masks, annotations = [], []
+    masks: list[np.ndarray] = []
+    annotations: list[dict] = []
     for _ in range(rng.integers(spec.objects[0], spec.objects[1] + 1)):
         category = int(rng.integers(len(spec.classes)))
         for _ in range(_MAX_TRIES):
             extent = spec.smallest * (140 / spec.smallest) ** rng.uniform() * scale  # log-uniform, to 140 scene pixels
             parts = _pose(rng, BODIES[spec.classes[category]](rng), extent, size)
-            mask = _rasterize(parts, size).any(0)
+            mask = np.asarray(_rasterize(parts, size).any(0))
             if not _hides_too_much(mask, masks):
                 break
         else:
@@ -229,5 +230,5 @@ def _noise(rng: np.random.Generator, size: int, channels: int) -> np.ndarray:
     for cells in (2, 4, 8, 16, 32):
         for plane, grid in zip(total, rng.normal(size=(channels, cells, cells)), strict=True):
             grid = Image.fromarray((grid / cells**0.5).astype(np.float32))
-            plane += np.asarray(grid.resize((size, size), Image.BICUBIC))
+            plane += np.asarray(grid.resize((size, size), Image.Resampling.BICUBIC))
     return total.transpose(1, 2, 0)

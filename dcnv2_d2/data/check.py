@@ -53,7 +53,7 @@ def check_datasets(cfg: CfgNode, *, train: bool = True) -> None:
 
 def _all_problems(cfg: CfgNode, train: bool) -> Iterator[str]:
     names = {name: False for name in cfg.DATASETS.TEST} | {name: True for name in cfg.DATASETS.TRAIN if train}
-    classes = {}
+    classes: dict[str, Sequence[str]] = {}
     for name, for_training in names.items():
         for problem in _caught(_problems(cfg, name, for_training, classes)):
             yield f"{name}: {problem}"
@@ -76,7 +76,7 @@ def _class_problems(cfg: CfgNode, classes: dict[str, Sequence[str]]) -> Iterator
     expected = cfg.MODEL[node].NUM_CLASSES
     if node == "ROI_HEADS" and not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN):
         return  # Somebody's own model has a key of its own.
-    first = next((name for name, own in classes.items() if own), None)
+    first = next((name for name, own in classes.items() if own), "")
     for name, own in classes.items():
         if not own:
             yield f"{name}: its metadata has no thing_classes, the names of the {expected} classes"

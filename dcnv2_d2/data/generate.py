@@ -4,10 +4,11 @@ import json
 import multiprocessing
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from iopath.common.file_io import file_lock
 from PIL import Image
@@ -42,7 +43,7 @@ SPLITS = {
 }
 
 
-def register_all(root: str | None = None) -> None:
+def register_bent_shapes(root: str | None = None) -> None:
     """Register every split with Detectron2; nothing is generated before a split is loaded. May be called again.
 
     Args:
@@ -77,7 +78,7 @@ def ensure_generated(name: str, root: str | None = None) -> tuple[str, str]:
 
     Args:
         name: a registered name, such as "bent_shapes_train".
-        root: as in :func:`register_all`.
+        root: as in :func:`register_bent_shapes`.
 
     Returns:
         The annotation file and the folder of the images.
@@ -127,7 +128,7 @@ def _generate(name: str, folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # one without annotations would be in the way
     try:
         (unfinished / "images").mkdir(parents=True)
-        dataset = {
+        dataset: dict[str, Any] = {
             "info": {"description": name, "version": str(GENERATOR_VERSION), "seed": split.seed},
             "licenses": [],
             "images": [],
@@ -148,7 +149,7 @@ def _generate(name: str, folder: Path) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _pool(num_images: int):
+def _pool(num_images: int) -> AbstractContextManager:
     """A pool of processes; a context of None where it is not worth its start, or not allowed (DataLoader workers)."""
     if num_images < 200 or multiprocessing.current_process().daemon:
         return nullcontext()
@@ -158,7 +159,8 @@ def _pool(num_images: int):
 def _write_image(split: Split, folder: Path, index: int) -> tuple[dict, list[dict]]:
     pixels, annotations = draw_scene(split.seed, index, split.scene)
     size = split.scene.image_size
-    image = {"id": index + 1, "file_name": f"{index:06d}.jpg", "height": size, "width": size}
+    name = f"{index:06d}.jpg"
+    image = {"id": index + 1, "file_name": name, "height": size, "width": size}
     # Half a PNG's bytes; the colours of bodies a few pixels wide would not survive subsampling.
-    Image.fromarray(pixels).save(folder / image["file_name"], quality=95, subsampling=0)
+    Image.fromarray(pixels).save(folder / name, quality=95, subsampling=0)
     return image, annotations

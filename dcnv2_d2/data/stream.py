@@ -61,11 +61,11 @@ class TrainingStream(IterableDataset):
     def _remaining(self) -> Iterator[tuple[int, int]]:
         """Places and indices of the images that are in none of the batches to be left out."""
         stream = enumerate(self.sampler)
-        waiting = ([], [])  # for their batch to be complete, by group
+        waiting: tuple[list, list] = ([], [])  # for their batch to be complete, by group
         left = self.skip
         while left:
             place, index = next(stream)
-            group = waiting[self.grouped and self.wide[index]]
+            group = waiting[self.wide[index] if self.wide else 0]
             group.append((place, index))
             if len(group) == self.batch_size:
                 group.clear()

@@ -1,7 +1,7 @@
 """Detectors as torch.export programs and ONNX files, for images of any size."""
 
 import torch
-from torch import nn
+from detectron2.modeling import GeneralizedRCNN, RetinaNet
 from torch.export import Dim, ExportedProgram
 
 from .detector import Detector
@@ -14,11 +14,11 @@ MIN_TORCH = "2.8"
 
 
 @torch.no_grad()
-def export_detector(model: nn.Module) -> ExportedProgram:
+def export_detector(model: GeneralizedRCNN | RetinaNet) -> ExportedProgram:
     """Exports the tensor part of a RetinaNet, Faster or Mask R-CNN: from pixels Tensor[3, H, W] to Detector's results.
 
-    H and W may be anything from 65 (RetinaNet: 129) to 4096. Save it with torch.export.save; to run a loaded one, dcnv2_d2.export must
-    have been imported.
+    H and W may be anything from 65 (RetinaNet: 129) to 4096. Save it with torch.export.save; to run a loaded one,
+    dcnv2_d2.export must have been imported.
 
     Raises:
         ValueError: the model is another kind of detector.

@@ -13,7 +13,7 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from detectron2.modeling.backbone.resnet import BasicStem
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.proposal_generator import RPN
-from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
+from detectron2.modeling.roi_heads import CascadeROIHeads, FastRCNNOutputLayers, StandardROIHeads
 from torch import Tensor, nn
 
 from .nms import batched_nms
@@ -116,7 +116,7 @@ def _propose(rpn: RPN, features: dict[str, Tensor], size: Sequence) -> Tensor:
 
 
 def _detect(
-    predictor: nn.Module, proposals: Tensor, logits: Tensor, deltas: Tensor, size: Sequence
+    predictor: FastRCNNOutputLayers, proposals: Tensor, logits: Tensor, deltas: Tensor, size: Sequence
 ) -> tuple[Tensor, Tensor, Tensor]:
     boxes = _clip(predictor.box2box_transform.apply_deltas(deltas, proposals).view(-1, 4), size)
     boxes = boxes.view(proposals.shape[0], -1, 4)

@@ -1,5 +1,7 @@
 """What torch.onnx must know of our operators: each in terms of ONNX's own."""
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 from onnxscript import ir
@@ -74,7 +76,7 @@ def _batched_nms(boxes, scores, classes, num_classes, iou_threshold):
     return op.Gather(kept, order)
 
 
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable, Callable] = {
     torch.ops.dcnv2_d2.deform_conv2d.default: _deform_conv2d,
     torch.ops.dcnv2_d2.deform_roi_pool.default: _deform_roi_pool,
     torch.ops.dcnv2_d2.batched_nms.default: _batched_nms,

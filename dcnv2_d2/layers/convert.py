@@ -1,7 +1,8 @@
 """Turns parts of an existing model deformable."""
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from torch import nn
 
@@ -36,11 +37,7 @@ def replace_convs(
         ValueError: `where` chooses no convolution larger than 1x1, or one that cannot be converted (see from_conv).
             Nothing is replaced then.
     """
-    if isinstance(where, str):
-        pattern = re.compile(where)
-        chooses = lambda name, conv: pattern.search(name)  # noqa: E731
-    else:
-        chooses = where
+    chooses = where if callable(where) else partial(_has, re.compile(where))
     # A convolution that is used in two places has two names; it becomes one layer in both.
     modules = dict(module.named_modules(remove_duplicate=False))
     own = {id(m.conv_offset) for m in modules.values() if isinstance(m, DeformConv2d)}
@@ -61,6 +58,7 @@ def replace_convs(
     layers = {}
     for name, conv in chosen.items():
         if not isinstance(conv, DeformConv2d) and id(conv) not in layers:
+            layer: DeformConv2d
             if modulated:
                 layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
             else:
@@ -79,6 +77,10 @@ def replace_convs(
     return list(replaced)
 
 
+def _has(pattern: re.Pattern, name: str, conv: nn.Conv2d) -> bool:
+    return pattern.search(name) is not None
+
+
 def _is_point(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)
 
@@ -95,7 +97,7 @@ def _print_plan(replaced: dict[str, DeformConv2d]) -> None:
     print(f"{len(replaced)} convolutions would become deformable, +{total:,} parameters")
 
 
-def _replace_in_lists(modules, layers: dict[int, nn.Module]) -> None:
+def _replace_in_lists(modules: Iterable[nn.Module], layers: Mapping[int, nn.Module]) -> None:
     """Some modules run their children from plain lists of their own, as Detectron2's FPN does."""
     for module in modules:
         for value in vars(module).values():

@@ -1,6 +1,7 @@
 """Deformable convolutions that predict their own offsets (Deformable ConvNets v2, section 3.2)."""
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -8,14 +9,25 @@ from torch import Tensor, nn
 from ..ops import deform_conv2d
 from .statistics import record_statistics
 
+_Layer = TypeVar("_Layer", bound="DeformConv2d")
 
-def _rename(state_dict, other: str, own: str) -> None:
+
+def _rename(state_dict: dict[str, Tensor], other: str, own: str) -> None:
     for name in ("weight", "bias"):
         if other + name in state_dict:
             state_dict[own + name] = state_dict.pop(other + name)
 
 
-def accept_sibling_names(parent: nn.Module, state_dict, prefix, *_) -> None:
+def _plain_forwards() -> tuple[Callable, ...]:
+    """Of nn.Conv2d and, where it is installed, of Detectron2's, which only adds norm and activation."""
+    try:
+        from detectron2.layers import Conv2d
+    except ImportError:
+        return (nn.Conv2d.forward,)
+    return nn.Conv2d.forward, Conv2d.forward
+
+
+def accept_sibling_names(parent: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     """Load hook of a module with deformable layers: `<layer>_offset.*`, Detectron2's sibling, becomes the layer's."""
     for child, layer in parent.named_children():
         if isinstance(layer, DeformConv2d):
@@ -31,6 +43,11 @@ class DeformConv2d(nn.Conv2d):
     """
 
     channels_per_tap = 2  # of conv_offset: dy, dx
+    # What nn.Conv2d leaves open: these are pairs of numbers.
+    kernel_size: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
 
     def __init__(
         self,
@@ -69,13 +86,13 @@ class DeformConv2d(nn.Conv2d):
         self.conv_offset = nn.Conv2d(
             in_channels, self.channels_per_tap * offset_groups * taps, kernel_size, stride, padding, dilation
         )
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for p in self.conv_offset.parameters():
+            nn.init.zeros_(p)
         # Prefix of the layer's statistics in the event storage; replace_convs sets it to the layer's place.
         self.name = type(self).__name__
 
     @classmethod
-    def from_conv(cls, conv: nn.Conv2d, **kwargs):
+    def from_conv(cls: type["_Layer"], conv: nn.Conv2d, **kwargs: Any) -> "_Layer":
         """Makes a deformable layer that takes over an existing convolution.
 
         Args:
@@ -91,19 +108,14 @@ class DeformConv2d(nn.Conv2d):
             raise ValueError(f"conv must be an nn.Conv2d that is not deformable yet, got {type(conv).__name__}")
         if conv.padding_mode != "zeros":
             raise ValueError(f"conv must pad with zeros, got padding_mode={conv.padding_mode!r}")
-        # Detectron2's own only adds norm and activation. Others pad by the input's size, or standardise the weight.
-        if type(conv).forward is not nn.Conv2d.forward and not type(conv).__module__.startswith("detectron2."):
+        # Others pad by the input's size, or standardise the weight.
+        if type(conv).forward not in _plain_forwards():
             raise ValueError(
                 f"conv must be a plain convolution, got a {type(conv).__name__}, whose own forward would be lost"
             )
+        names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
         layer = cls(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size,
-            conv.stride,
-            conv.padding,
-            conv.dilation,
-            conv.groups,
+            **{name: getattr(conv, name) for name in names},
             bias=conv.bias is not None,
             norm=getattr(conv, "norm", None),
             activation=getattr(conv, "activation", None),
@@ -148,7 +160,7 @@ class ModulatedDeformConv2d(DeformConv2d):
 
     channels_per_tap = 3  # dy, dx of all taps first, then the mask logits
 
-    def __init__(self, *args, mask_scale: float = 1.0, **kwargs):
+    def __init__(self, *args: Any, mask_scale: float = 1.0, **kwargs: Any):
         """Takes the arguments of DeformConv2d, and:
 
         Args:
@@ -169,16 +181,3 @@ class ModulatedDeformConv2d(DeformConv2d):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", mask_scale={self.mask_scale}"
-
-    def accept_v1(self, state_dict, prefix: str) -> None:
-        """Widens `<prefix>conv_offset.*` of a v1 layer, in place, by mask logits of 0, as in a new layer."""
-        for name, own in self.conv_offset.named_parameters():
-            given = state_dict.get(f"{prefix}conv_offset.{name}")
-            if given is not None and len(given) * 3 == len(own) * 2:
-                logits = own.new_zeros((len(own) - len(given), *own.shape[1:]))
-                state_dict[f"{prefix}conv_offset.{name}"] = torch.cat([torch.as_tensor(given).to(logits), logits])
-
-    def _load_from_state_dict(self, state_dict, prefix, *args):
-        _rename(state_dict, prefix + "conv_offset_mask.", prefix + "conv_offset.")
-        self.accept_v1(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)

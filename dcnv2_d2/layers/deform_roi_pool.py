@@ -1,6 +1,7 @@
 """Deformable RoI pooling that predicts its own offsets (Deformable ConvNets v2, section 3.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,13 @@ from .statistics import record_statistics
 class DeformRoIPool(nn.Module):
     """Deformable RoI pooling (v1): its branch predicts from the plainly pooled features where each bin samples.
 
-    The branch ends at zero, so that a new layer is roi_align(aligned=True). A layer may borrow the branch of another
-    one instead, as a 14x14 mask pooler does from the 7x7 box pooler: each bin that the lender predicts then serves the
-    bins that cover it, 2x2 of them, and the borrower has no parameters.
+    The branch ends at zero, so that a new layer is roi_align(aligned=True). A layer may use the branch of another one
+    instead, as a 14x14 mask pooler does that of the 7x7 box pooler: what the branch predicts for a bin then holds for
+    the bins that cover it, 2x2 of them, and the layer has no parameters.
     """
 
     channels_per_bin = 2  # of the branch: x of all bins, then y
+    branch_from: "DeformRoIPool | None"
 
     def __init__(
         self,
@@ -30,17 +32,17 @@ class DeformRoIPool(nn.Module):
         *,
         gamma: float = 0.1,
         hidden_dims: Sequence[int] = (),
-        lender: "DeformRoIPool | None" = None,
+        branch_from: "DeformRoIPool | None" = None,
     ):
         """
         Args:
             in_channels: channels of the map.
             output_size, spatial_scale, sampling_ratio, gamma: see dcnv2_d2.ops.deform_roi_pool.
             hidden_dims: widths of the hidden fully connected layers of the branch, with a ReLU each; v1 has none.
-            lender: the layer whose branch is used; it stays the lender's and is not registered here.
+            branch_from: the layer whose branch is used; the branch is registered there alone.
 
         Raises:
-            ValueError: the lender is of another type or has other in_channels.
+            ValueError: branch_from is of another type or has other in_channels.
         """
         super().__init__()
         self.in_channels = in_channels
@@ -48,15 +50,15 @@ class DeformRoIPool(nn.Module):
         self.spatial_scale = spatial_scale
         self.sampling_ratio = sampling_ratio
         self.gamma = gamma
-        # In a tuple, which hides it from nn.Module: every parameter has one name.
-        self._lender = (lender,)
-        if lender is None:
+        # Not as a submodule: every parameter has one name.
+        object.__setattr__(self, "branch_from", branch_from)
+        if branch_from is None:
             bins = self.output_size[0] * self.output_size[1]
             self.branch = _build_branch(in_channels * bins, hidden_dims, self.channels_per_bin * bins)
-        elif type(lender) is not type(self) or lender.in_channels != in_channels:
+        elif type(branch_from) is not type(self) or branch_from.in_channels != in_channels:
             raise ValueError(
-                f"lender must be a {type(self).__name__} of {in_channels} channels, "
-                f"got a {type(lender).__name__} of {getattr(lender, 'in_channels', 'no')} channels"
+                f"branch_from must be a {type(self).__name__} of {in_channels} channels, "
+                f"got a {type(branch_from).__name__} of {getattr(branch_from, 'in_channels', 'no')} channels"
             )
         # Prefix of the layer's statistics in the event storage.
         self.name = type(self).__name__
@@ -76,9 +78,8 @@ class DeformRoIPool(nn.Module):
 
     @property
     def branch_owner(self) -> "DeformRoIPool":
-        """The layer whose branch predicts: this one or, at the end of a chain of lenders, another."""
-        lender = self._lender[0]
-        return self if lender is None else lender.branch_owner
+        """The layer whose branch predicts: this one or, through branch_from, another."""
+        return self if self.branch_from is None else self.branch_from.branch_owner
 
     def _predict(self, x, boxes):
         """Tensor[K, channels_per_bin, Ph, Pw]"""
@@ -95,10 +96,10 @@ class DeformRoIPool(nn.Module):
         return deform_roi_pool(x, boxes, offset, output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask)
 
     def extra_repr(self) -> str:
-        borrowed = "" if self._lender[0] is None else ", borrowed branch"
+        shared = "" if self.branch_from is None else ", branch of another layer"
         return (
             f"{self.in_channels}, output_size={self.output_size}, spatial_scale={self.spatial_scale}, "
-            f"sampling_ratio={self.sampling_ratio}, gamma={self.gamma}{borrowed}"
+            f"sampling_ratio={self.sampling_ratio}, gamma={self.gamma}{shared}"
         )
 
 
@@ -111,7 +112,7 @@ class ModulatedDeformRoIPool(DeformRoIPool):
 
     channels_per_bin = 3  # x of all bins, then y, then the mask logits
 
-    def __init__(self, *args, hidden_dims: Sequence[int] = (1024, 1024), mask_scale: float = 1.0, **kwargs):
+    def __init__(self, *args: Any, hidden_dims: Sequence[int] = (1024, 1024), mask_scale: float = 1.0, **kwargs: Any):
         """Takes the arguments of DeformRoIPool, with the paper's two hidden layers of 1024, and:
 
         Args:
@@ -134,13 +135,14 @@ class ModulatedDeformRoIPool(DeformRoIPool):
 
 
 def _build_branch(inputs: int, hidden_dims: Sequence[int], outputs: int) -> nn.Sequential:
-    layers = []
+    layers: list[nn.Module] = []
     for dim in hidden_dims:
-        layers += [nn.Linear(inputs, dim), nn.ReLU()]
-        nn.init.normal_(layers[-2].weight, std=0.01)
-        nn.init.zeros_(layers[-2].bias)
+        hidden = nn.Linear(inputs, dim)
+        nn.init.normal_(hidden.weight, std=0.01)
+        nn.init.zeros_(hidden.bias)
+        layers += [hidden, nn.ReLU()]
         inputs = dim
-    layers.append(nn.Linear(inputs, outputs))
-    nn.init.zeros_(layers[-1].weight)
-    nn.init.zeros_(layers[-1].bias)
-    return nn.Sequential(*layers)
+    last = nn.Linear(inputs, outputs)
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)

@@ -2,15 +2,17 @@
 
 import functools
 import logging
+from collections.abc import Callable
 
 import torch.nn.functional as F
-from detectron2.layers import ASPP
+from detectron2.config import CfgNode
+from detectron2.layers import ASPP, ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import Backbone, ResNet, build_resnet_backbone
 from detectron2.modeling.backbone.fpn import build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone
 from detectron2.modeling.backbone.resnet import BasicBlock, BasicStem
 from fvcore.nn.weight_init import c2_xavier_fill
-from torch import nn
+from torch import Tensor, nn
 
 from ..layers import replace_convs
 
@@ -19,7 +21,7 @@ DETECTRON2_BUILDERS = (build_resnet_backbone, build_resnet_fpn_backbone, build_r
 STAGES = ("res2", "res3", "res4", "res5")  # conv2 to conv5 in the paper
 
 
-def deform_stages(resnet, cfg) -> None:
+def deform_stages(resnet: ResNet, cfg: CfgNode) -> None:
     """Makes the 3x3 convolutions of the chosen stages of a Detectron2 ResNet deformable, in place.
 
     Reads MODEL.RESNETS.DEFORM_ON_PER_STAGE, DEFORM_MODULATED, DEFORM_NUM_GROUPS and MODEL.DCNV2.MASK_SCALE.
@@ -65,7 +67,7 @@ def deform_stages(resnet, cfg) -> None:
         logging.getLogger(__name__).info("%s: %d deformable layers", stage, len(names))
 
 
-def _deformable(build):
+def _deformable(build: Callable[[CfgNode, ShapeSpec], Backbone]) -> Callable[[CfgNode, ShapeSpec], Backbone]:
     """A builder of Detectron2's, whose ResNet is then converted."""
 
     @functools.wraps(build)
@@ -104,19 +106,19 @@ class ReducedC5(Backbone):
         self._out_feature_strides = {name: shape.stride for name, shape in shapes.items()}
         self._out_feature_channels = {name: shape.channels for name, shape in shapes.items()} | {"res5": channels}
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """Tensor[N, 3, H, W] -> the features of bottom_up by name, res5 reduced."""
         features = self.bottom_up(x)
         features["res5"] = self.reduce(features["res5"])
         return features
 
 
-def build_resnet_dc5_backbone(cfg, input_shape):
+def build_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ReducedC5:
     """Reads MODEL.DCNV2.DC5_CHANNELS; RESNETS.RES5_DILATION 2 keeps res5 at stride 16, as in the paper."""
     return ReducedC5(build_resnet_backbone(cfg, input_shape), cfg.MODEL.DCNV2.DC5_CHANNELS)
 
 
-def build_resnet_aspp_backbone(cfg, input_shape):
+def build_resnet_aspp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ReducedC5:
     """DeepLab v3's: atrous spatial pyramid pooling reduces res5. For Detectron2's SemanticSegmentor.
 
     Reads MODEL.DCNV2.DC5_CHANNELS and MODEL.SEM_SEG_HEAD.NORM; the dilations are DeepLab v3's for stride 16, which
@@ -131,7 +133,7 @@ def build_resnet_aspp_backbone(cfg, input_shape):
     return backbone
 
 
-def build_small_resnet_dc5_backbone(cfg, input_shape):
+def build_small_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ReducedC5:
     """The same for images of 100 to 200 pixels, which Detectron2's ResNets are too coarse for.
 
     Stride 4 at res2, 8 from res3 on; basic blocks, one at res2 and two a stage after that. Reads

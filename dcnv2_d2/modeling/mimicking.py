@@ -1,12 +1,14 @@
 """R-CNN feature mimicking (Deformable ConvNets v2, section 3.3): the R-CNN branch and its losses, for training only."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
-from detectron2.layers import ROIAlign
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ROIAlign, ShapeSpec
+from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage, get_event_storage
 from torch import Tensor, nn
@@ -160,7 +162,7 @@ class FeatureMimicking(nn.Module):
 
 
 @contextlib.contextmanager
-def still_statistics(module: nn.Module):
+def still_statistics(module: nn.Module) -> Iterator[None]:
     """Lets batch norms in training mode update copies of their running statistics, which are then thrown away.
 
     What mimicking shows them, such as an object that fills its image, is not what they see at inference. A momentum of
@@ -179,18 +181,18 @@ def still_statistics(module: nn.Module):
                 setattr(norm, name, buffer)
 
 
-class Mimicking:
+class Mimicking(StandardROIHeads):
     """To be mixed into ROI heads: FeatureMimicking on top of their pooler and box head. Reads MODEL.MIMIC."""
 
     @configurable
-    def __init__(self, *, mimicking: FeatureMimicking, **kwargs):
+    def __init__(self, *, mimicking: FeatureMimicking, **kwargs: Any):
         super().__init__(**kwargs)
         self.mimicking = mimicking
         # MimickingRCNN sets it: crops -> the backbone's features by name.
         self.crop_features: Callable[[Tensor], dict[str, Tensor]] | None = None
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         heads = super().from_config(cfg, input_shape)
         mimic = cfg.MODEL.MIMIC
         box_head = heads["box_head"] if "box_head" in heads else heads["box_heads"][0]
@@ -209,7 +211,13 @@ class Mimicking:
         )
         return heads
 
-    def forward(self, images, features, proposals, targets=None):
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
         """As the heads' own, with two more losses in training."""
         if self.training and self.crop_features is None:
             raise ValueError(
@@ -230,6 +238,7 @@ class Mimicking:
 
     def _features_of_crops(self, crops: Tensor, storage: EventStorage) -> Tensor:
         boxes = crops.new_tensor([[0, 0, crops.shape[3], crops.shape[2]]])
+        assert self.crop_features is not None  # forward has made sure
         with storage.name_scope("mimic"):
             features = self.crop_features(crops)
         return self._box_features(features, [Boxes(boxes) for _ in crops], storage, "mimic")

@@ -1,5 +1,7 @@
 """Poolers: Detectron2's ROIPooler with deformable pooling at each level."""
 
+from typing import Any
+
 from detectron2.modeling.poolers import ROIPooler
 from torch import nn
 
@@ -15,8 +17,8 @@ def deform_pooler(
     in_channels: int,
     *,
     shared: bool = False,
-    lender: ROIPooler | None = None,
-    **kwargs,
+    branch_from: ROIPooler | None = None,
+    **kwargs: Any,
 ) -> None:
     """Makes a pooler of Detectron2's deformable, in place; its level assignment, sizes and scales stay.
 
@@ -25,13 +27,14 @@ def deform_pooler(
         layer: DeformRoIPool or ModulatedDeformRoIPool.
         in_channels: channels of every map.
         shared: whether one branch serves all levels, instead of one for each.
-        lender: a deformable pooler of as many levels, whose branches are used instead of own ones.
+        branch_from: a deformable pooler of as many levels, whose branches are used instead of own ones.
         kwargs: the layer's own arguments: gamma, hidden_dims, mask_scale.
     """
-    levels = []
+    levels: list[DeformRoIPool] = []
     for i, align in enumerate(pooler.level_poolers):
-        lends = lender.level_poolers[i] if lender is not None else levels[0] if shared and levels else None
-        levels.append(
-            layer(in_channels, align.output_size, align.spatial_scale, align.sampling_ratio, lender=lends, **kwargs)
-        )
+        owner = levels[0] if shared and levels else None
+        if branch_from is not None:
+            owner = branch_from.level_poolers[i]
+        like = (align.output_size, align.spatial_scale, align.sampling_ratio)
+        levels.append(layer(in_channels, *like, branch_from=owner, **kwargs))
     pooler.level_poolers = nn.ModuleList(levels)

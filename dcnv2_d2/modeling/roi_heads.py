@@ -1,5 +1,7 @@
 """ROI heads of Detectron2 with deformable poolers, chosen by POOLER_TYPE, and with feature mimicking."""
 
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import CascadeROIHeads, StandardROIHeads
 
@@ -7,7 +9,7 @@ from .mimicking import Mimicking
 from .poolers import LAYERS, deform_pooler
 
 
-class DeformPoolers:
+class DeformPoolers(StandardROIHeads):
     """To be mixed into ROI heads of Detectron2: POOLER_TYPE of the box and the mask head may be deformable.
 
     A deformable mask pooler uses the branch of the box pooler, as the paper's parameter counts say. Reads
@@ -15,7 +17,7 @@ class DeformPoolers:
     """
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         """
         Raises:
             ValueError: a deformable POOLER_TYPE of the keypoint head, or one of the mask head that the box head lacks.
@@ -50,7 +52,7 @@ class DeformPoolers:
         }
         deform_pooler(heads["box_pooler"], LAYERS[box], in_channels, shared=dcnv2.POOL_SHARED, **options)
         if cfg.MODEL.MASK_ON and mask in LAYERS:
-            deform_pooler(heads["mask_pooler"], LAYERS[mask], in_channels, lender=heads["box_pooler"], **options)
+            deform_pooler(heads["mask_pooler"], LAYERS[mask], in_channels, branch_from=heads["box_pooler"], **options)
         for name in ("box_pooler", "mask_pooler"):
             for level, layer in enumerate(getattr(heads.get(name), "level_poolers", ())):
                 layer.name = f"{name}.{level}"
@@ -58,7 +60,7 @@ class DeformPoolers:
 
 
 @ROI_HEADS_REGISTRY.register()
-class DCNv2ROIHeads(DeformPoolers, StandardROIHeads):
+class DCNv2ROIHeads(DeformPoolers):
     """Detectron2's StandardROIHeads; POOLER_TYPE may also be DeformRoIPool or ModulatedDeformRoIPool."""
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from dcnv2_d2 import convert_checkpoint
-from dcnv2_d2.checkpoint import Checkpointer, read_state_dict
+from dcnv2_d2.checkpoint import Checkpointer, add_mask_logits, read_state_dict
 from dcnv2_d2.config import CONFIGS
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from detectron2.checkpoint import DetectionCheckpointer
@@ -73,7 +73,13 @@ def v1_and_v2(**kwargs):
 def test_a_v1_layer_in_a_v2_layer(offset_groups):
     """With MASK_SCALE 2 the masks are 1 at the start, and the function is that of v1."""
     v1, v2 = v1_and_v2(offset_groups=offset_groups)
-    v2.load_state_dict(v1.state_dict(), strict=True)
+    weights = v1.state_dict()
+    add_mask_logits(weights, nn.ModuleList([v2]), "other.")  # of other names
+    assert all(torch.equal(weights[name], value) for name, value in v1.state_dict().items())
+    weights = {f"0.{name}": value for name, value in weights.items()}
+    for _ in range(2):  # what fits stays
+        add_mask_logits(weights, nn.ModuleList([v2]))
+    nn.ModuleList([v2]).load_state_dict(weights, strict=True)
     x = torch.randn(2, 4, 9, 7)
     assert_near(v2(x), v1(x), 1e-6)
     assert not v2.conv_offset.weight[18 * offset_groups :].any() and not v2.conv_offset.bias[18 * offset_groups :].any()
@@ -83,16 +89,16 @@ def test_other_shapes_are_still_errors():
     v1, v2 = v1_and_v2(offset_groups=2)
     with pytest.raises(RuntimeError, match="size mismatch"):
         v1.load_state_dict(v2.state_dict())
+    other = {f"0.{name}": value for name, value in v1_and_v2()[0].state_dict().items()}
+    add_mask_logits(other, nn.ModuleList([v2]))
     with pytest.raises(RuntimeError, match="size mismatch"):
-        v2.load_state_dict(v1_and_v2()[0].state_dict())
+        nn.ModuleList([v2]).load_state_dict(other)
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-@pytest.mark.parametrize(
-    "spelling, checkpointer", [(".conv_offset.", Checkpointer), ("_offset.", DetectionCheckpointer)]
-)
-def test_a_v1_model_warm_starts_a_v2_model(spelling, checkpointer, prefix, tmp_path, caplog):
-    """Our own v1 checkpoints, and Detectron2's by its own checkpointer."""
+@pytest.mark.parametrize("spelling", [".conv_offset.", ".conv_offset_mask.", "_offset."])
+def test_a_v1_model_warm_starts_a_v2_model(spelling, prefix, tmp_path, caplog):
+    """Our own v1 checkpoints, old ones and Detectron2's."""
     v1, v2 = (
         build_model(make_config(SMALL, "MODEL.RESNETS.DEFORM_MODULATED", str(modulated))).eval()
         for modulated in (False, True)
@@ -101,7 +107,7 @@ def test_a_v1_model_warm_starts_a_v2_model(spelling, checkpointer, prefix, tmp_p
         nn.init.normal_(layer.conv_offset.weight, 0, 0.05)
     state = {prefix + name.replace(".conv_offset.", spelling): value for name, value in v1.state_dict().items()}
     torch.save({"model": state}, tmp_path / "v1.pth")
-    checkpointer(v2).load(str(tmp_path / "v1.pth"))
+    Checkpointer(v2).load(str(tmp_path / "v1.pth"))
     assert not [r for r in caplog.records if r.levelname == "WARNING" and r.name.startswith(("fvcore", "detectron2"))]
     image = torch.rand(1, 3, 64, 96)
     with torch.no_grad():

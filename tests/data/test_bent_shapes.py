@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask as mask_util
 import pytest
-from dcnv2_d2.data import ensure_generated, generate, register_all
+from dcnv2_d2.data import ensure_generated, generate, register_bent_shapes
 from dcnv2_d2.data.bent_shapes import BODIES, SceneSpec, draw_scene
 from dcnv2_d2.data.generate import SPLITS
 from PIL import Image
@@ -40,10 +40,10 @@ def root(tmp_path, monkeypatch):
 @pytest.fixture
 def catalogs(root, monkeypatch):
     data = pytest.importorskip("detectron2.data")
-    register_all()
+    register_bent_shapes()
     yield data.DatasetCatalog, data.MetadataCatalog
     monkeypatch.undo()
-    register_all()
+    register_bent_shapes()
 
 
 def small(monkeypatch, num_images):
@@ -286,12 +286,12 @@ def test_unknown_name():
 def test_registration_is_lazy_idempotent_and_follows_the_root(catalogs, root, tmp_path):
     datasets, metadata = catalogs
     before = {name: metadata.get(name) for name in SPLITS}
-    register_all()
+    register_bent_shapes()
     assert all(metadata.get(name) is before[name] for name in SPLITS)
     assert set(SPLITS) <= set(datasets.list())
     assert not list(root.iterdir())
 
-    register_all(str(tmp_path / "elsewhere"))
+    register_bent_shapes(str(tmp_path / "elsewhere"))
     assert Path(metadata.get(VAL).json_file).is_relative_to(tmp_path / "elsewhere")
     datasets.get(VAL)
     assert os.path.exists(metadata.get(VAL).json_file)

@@ -1,4 +1,4 @@
-"""Whole R-CNNs, exported once, against themselves at several image sizes."""
+"""Whole detectors, exported once, against themselves at several image sizes."""
 
 import cv2
 import pytest
@@ -10,6 +10,7 @@ from dcnv2_d2.layers import ModulatedDeformConv2d, ModulatedDeformRoIPool
 from detectron2.layers import ROIAlign
 from detectron2.modeling import build_model
 
+from ..modeling.test_convs import MDCONV, RETINANET
 from ..models import FASTER, MASK, make_config, make_model
 
 HEADS = [
@@ -121,6 +122,62 @@ def test_old_torch_is_refused(monkeypatch):
         export_detector(make_model(SMALL))
 
 
+@pytest.fixture(scope="module")
+def retinanet():
+    """Detectron2's own RetinaNet, deformable by keys alone, with scores on both sides of the threshold; its program."""
+    torch.manual_seed(0)
+    model = make_model(
+        {}, *RETINANET, *MDCONV, "MODEL.RETINANET.NUM_CLASSES", "5", "MODEL.RETINANET.NUM_CONVS", "1",
+        "MODEL.RETINANET.TOPK_CANDIDATES_TEST", "150", "MODEL.FPN.OUT_CHANNELS", "64",
+    )  # fmt: skip
+    model.head.cls_score.weight.data.mul_(3)
+    model.head.cls_score.bias.data.zero_()
+    model.test_score_thresh = 0.5
+    assert sum(isinstance(m, ModulatedDeformConv2d) for m in model.modules()) == 13
+    return model, export(model)
+
+
+# The first has more candidates than are kept; the second is the smallest there may be.
+RETINANET_SIZES = [(260, 231), (129, 130)]
+
+
+def raw_retinanet(model, image):
+    with torch.no_grad():
+        (output,) = model([{"image": image}])
+    instances = output["instances"]
+    return [instances.pred_boxes.tensor, instances.scores, instances.pred_classes]
+
+
+def test_retinanet(retinanet):
+    model, program = retinanet
+    for size in RETINANET_SIZES:
+        image = make_image(*size)
+        with torch.no_grad():
+            assert_same(program.module()(image), raw_retinanet(model, image), 1e-5)
+
+
+def test_retinanet_in_onnx_runtime(retinanet, tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime", "1.25")
+    model, program = retinanet
+    export_onnx(program, tmp_path / "retinanet.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "retinanet.onnx")
+    for size in RETINANET_SIZES:
+        image = make_image(*size)
+        results = [torch.from_numpy(r) for r in session.run(None, {"image": image.numpy()})]
+        assert_same(results, raw_retinanet(model, image), 1e-4)
+
+
+def test_exporting_leaves_the_model_alone(retinanet):
+    model, _ = retinanet
+    modules = [(module, module.forward) for module in model.modules()]
+    with torch.no_grad():
+        before = raw_retinanet(model, make_image(130, 140))
+        Detector(model)(make_image(130, 140))
+        after = raw_retinanet(model, make_image(130, 140))
+    assert all(module.forward == forward for module, forward in modules)
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
 def test_without_masks():
     model, image = make_model(SMALL, "MODEL.MASK_ON", "False"), make_image(99, 160)
     with torch.no_grad():
@@ -161,21 +218,22 @@ def test_the_command(small, command, tmp_path):
     [
         (["--output", "model.onnx", "--opset", "18"], "--opset must be 19 or later, the first with DeformConv, got 18"),
         (["--output", "model.pt"], "--output must end in .onnx or .pt2, got model.pt"),
-        (["--output", "model.pt2"], "MODEL.WEIGHTS must be given"),
+        (["--output", "model.pt2"], "MODEL.WEIGHTS must be given, those of a trained detector, got ''"),
     ],
 )
 def test_the_command_refuses(options, sentence, command, capsys):
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as error:
         command(*options)
-    assert sentence in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err + str(error.value)
 
 
 @pytest.mark.parametrize(
     "options, sentence",
     [
         (["MODEL.ROI_HEADS.NAME", "CascadeROIHeads", "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"], "Cascade"),
-        (["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.IN_FEATURES", "['p3', 'p4', 'p5', 'p6']",
-          "MODEL.ANCHOR_GENERATOR.SIZES", "[[32], [64], [128], [256]]"], "RetinaNet"),
+        (["MODEL.META_ARCHITECTURE", "PanopticFPN", "MODEL.ROI_HEADS.NAME", "CascadeROIHeads",
+          "MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG", "True"], "CascadeROIHeads"),
+        (["MODEL.META_ARCHITECTURE", "SemanticSegmentor"], "SemanticSegmentor"),
     ],
 )  # fmt: skip
 def test_other_models_are_refused(options, sentence):

@@ -194,7 +194,7 @@ def test_boxes_as_a_list(cls, counts):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_no_boxes(cls, borrows, empty, training):
     owner = make(cls, reach=1)
-    layer = (make(cls, (6, 10), lender=owner) if borrows else owner).train(training)
+    layer = (make(cls, (6, 10), branch_from=owner) if borrows else owner).train(training)
     x = image().requires_grad_()
     with EventStorage() as storage:
         out = layer(x, empty())
@@ -209,9 +209,9 @@ def test_no_boxes(cls, borrows, empty, training):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_borrower_uses_the_nearest_predicted_bin(cls, size):
     owner, x, b = make(cls, reach=2), image(), boxes()
-    layer = make(cls, size, lender=owner)
+    layer = make(cls, size, branch_from=owner)
     assert not list(layer.parameters()) and not list(layer.modules())[1:] and not layer.state_dict()
-    assert layer.branch_owner is owner and "borrowed" in repr(layer) and "borrowed" not in repr(owner)
+    assert layer.branch_owner is owner and "branch of another" in repr(layer) and "branch of another" not in repr(owner)
     rows = torch.tensor([i * 3 // size[0] for i in range(size[0])])
     columns = torch.tensor([j * 5 // size[1] for j in range(size[1])])
     lent = owner.predict(x, b)
@@ -228,7 +228,7 @@ def test_a_borrower_uses_the_nearest_predicted_bin(cls, size):
 def test_a_mask_pooler_of_14x14_adds_nothing_to_the_count():
     with torch.device("meta"):
         box = ModulatedDeformRoIPool(256, 7)
-        both = nn.ModuleList([box, ModulatedDeformRoIPool(256, 14, lender=box)])
+        both = nn.ModuleList([box, ModulatedDeformRoIPool(256, 14, branch_from=box)])
     assert sum(p.numel() for p in both.parameters()) == 14_046_355
 
 
@@ -236,7 +236,8 @@ def test_a_mask_pooler_of_14x14_adds_nothing_to_the_count():
 def test_a_borrower_keeps_its_own_gamma_and_mask_scale(cls):
     owner, x, b = make(cls, reach=1), image(), boxes()
     kwargs = {"mask_scale": 0.7} if cls is ModulatedDeformRoIPool else {}
-    layer = make(cls, (6, 10), lender=make(cls, (4, 4), lender=owner), gamma=0.05, **kwargs)  # at the end of a chain
+    between = make(cls, (4, 4), branch_from=owner)
+    layer = make(cls, (6, 10), branch_from=between, gamma=0.05, **kwargs)
     assert layer.branch_owner is owner
     offset, mask = (None if t is None else F.interpolate(t, (6, 10)) for t in owner.predict(x, b))
     mask = None if mask is None else 0.7 * mask
@@ -244,10 +245,10 @@ def test_a_borrower_keeps_its_own_gamma_and_mask_scale(cls):
 
 
 @pytest.mark.parametrize("cls", CLASSES)
-def test_the_lender_s_branch_learns_from_both(cls):
+def test_the_owner_s_branch_learns_from_both(cls):
     owner, x, b = make(cls, reach=1), image(), boxes()
-    layer = make(cls, (6, 10), lender=owner)
-    losses = {"lender": lambda: owner(x, b).square().sum(), "borrower": lambda: layer(x, b).square().sum()}
+    layer = make(cls, (6, 10), branch_from=owner)
+    losses = {"owner": lambda: owner(x, b).square().sum(), "borrower": lambda: layer(x, b).square().sum()}
     grads = {}
     for name, loss in losses.items():
         owner.zero_grad()
@@ -257,14 +258,14 @@ def test_the_lender_s_branch_learns_from_both(cls):
     owner.zero_grad()
     sum(loss() for loss in losses.values()).backward()
     for name, grad in gradients(owner).items():
-        assert_near(grad, grads["lender"][name] + grads["borrower"][name], 1e-11, name)
+        assert_near(grad, grads["owner"][name] + grads["borrower"][name], 1e-11, name)
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["copy", "pickle"])
 @pytest.mark.parametrize("cls", CLASSES)
-def test_a_copied_borrower_belongs_to_the_copied_lender(cls, duplicate):
+def test_a_copied_borrower_belongs_to_the_copied_owner(cls, duplicate):
     box = make(cls, reach=1)
-    model, x, b = nn.ModuleDict({"mask": make(cls, (6, 10), lender=box), "box": box}), image(), boxes()
+    model, x, b = nn.ModuleDict({"mask": make(cls, (6, 10), branch_from=box), "box": box}), image(), boxes()
     twin = duplicate(model)
     expected = model["mask"](x, b)
     assert twin["mask"].branch_owner is twin["box"] and torch.equal(twin["mask"](x, b), expected)
@@ -284,7 +285,7 @@ def test_a_copied_borrower_belongs_to_the_copied_lender(cls, duplicate):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_autocast(cls, borrows, dtype, training, device):
     owner = make(cls, dtype=torch.float32, device=device, reach=0.3)
-    layer = (make(cls, (6, 10), lender=owner) if borrows else owner).train(training)
+    layer = (make(cls, (6, 10), branch_from=owner) if borrows else owner).train(training)
     # Far from the border, where a sample that rounding moves out of the map jumps to 0.
     x, b = image(dtype=dtype, device=device), torch.tensor([[1, 7.3, 6.1, 17.4, 13.7], [0, 6.2, 7.7, 15.9, 12.3]])
     expected = layer(x.float(), b.to(device))
@@ -299,7 +300,7 @@ def test_autocast(cls, borrows, dtype, training, device):
 @pytest.mark.parametrize("cls, borrows", [(DeformRoIPool, False), (ModulatedDeformRoIPool, True)])
 def test_compiles_in_one_graph(cls, borrows):
     owner, x, b = make(cls, reach=1), image(), boxes()
-    layer = make(cls, (6, 10), lender=owner) if borrows else owner
+    layer = make(cls, (6, 10), branch_from=owner) if borrows else owner
     torch.compiler.reset()
     with EventStorage():  # in a training loop the statistics must not break the graph
         actual = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, b)
@@ -309,7 +310,7 @@ def test_compiles_in_one_graph(cls, borrows):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_statistics(cls):
     owner = set_prediction(make(cls), dx=1.0, dy=-3.0, logit=math.log(3))
-    layer = make(cls, (6, 10), lender=owner, gamma=0.1)
+    layer = make(cls, (6, 10), branch_from=owner, gamma=0.1)
     layer.name = "mask_pooler.2"
     with EventStorage() as storage:
         owner(image(), boxes())
@@ -343,7 +344,7 @@ def test_mask_scale_error(mask_scale):
 
 
 @pytest.mark.parametrize(
-    "cls, lender, words",
+    "cls, other, words",
     [
         (DeformRoIPool, lambda: make(ModulatedDeformRoIPool), "a DeformRoIPool of 6 .*a ModulatedDeformRoIPool of 6 "),
         (ModulatedDeformRoIPool, lambda: make(DeformRoIPool), "a ModulatedDeformRoIPool of 6 .*a DeformRoIPool of 6 "),
@@ -355,16 +356,16 @@ def test_mask_scale_error(mask_scale):
         (ModulatedDeformRoIPool, lambda: ROIAlign(7, 1.0, 2), "a ModulatedDeformRoIPool of 6 .*got a ROIAlign of no "),
     ],
 )
-def test_lender_error(cls, lender, words):
-    with pytest.raises(ValueError, match=f"^lender must be {words}"):
-        make(cls, 14, lender=lender())
+def test_branch_from_error(cls, other, words):
+    with pytest.raises(ValueError, match=f"^branch_from must be {words}"):
+        make(cls, 14, branch_from=other())
 
 
 @pytest.mark.parametrize("borrows", [False, True])
 @pytest.mark.parametrize("cls", CLASSES)
 @pytest.mark.parametrize("size", [[2, 5, 11, 14], [6, 11, 14]], ids=str)
 def test_map_error(size, cls, borrows):
-    layer = make(cls, (6, 10), lender=make(cls)) if borrows else make(cls)
+    layer = make(cls, (6, 10), branch_from=make(cls)) if borrows else make(cls)
     with pytest.raises(ValueError) as error:
         layer(torch.zeros(size, dtype=torch.float64), boxes())
     assert str(error.value) == f"x must be a map [N, 6, H, W], got {size}"

@@ -25,13 +25,13 @@ def plain(output_size=7, strides=STRIDES, kind="ROIAlignV2", sampling_ratio=2):
     return ROIPooler(output_size, [1 / s for s in strides], sampling_ratio, kind)
 
 
-def make(cls, *args, shared=False, lender=None, mask_scale=2.0, **kwargs):
+def make(cls, *args, shared=False, branch_from=None, mask_scale=2.0, **kwargs):
     """A deformable pooler, in float64."""
     own = {"hidden_dims": ()}
     if cls is ModulatedDeformRoIPool:
         own = {"hidden_dims": (5, 4), "mask_scale": mask_scale}
     pooler = plain(*args, **kwargs)
-    assert deform_pooler(pooler, cls, CHANNELS, shared=shared, lender=lender, gamma=GAMMA, **own) is None
+    assert deform_pooler(pooler, cls, CHANNELS, shared=shared, branch_from=branch_from, gamma=GAMMA, **own) is None
     return pooler.double()
 
 
@@ -156,7 +156,7 @@ def test_shared_equals_copies(cls):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_empty_levels_and_images_without_proposals(cls, lends, counts, smallest, largest, used):
     owner = randomise(make(cls))
-    pooler = make(cls, 14, lender=owner) if lends else owner
+    pooler = make(cls, 14, branch_from=owner) if lends else owner
     x = [level.requires_grad_() for level in maps()]
     box_lists = random_boxes(*counts, smallest=smallest, largest=largest)
     out = pooler(x, box_lists)
@@ -173,7 +173,7 @@ def test_empty_levels_and_images_without_proposals(cls, lends, counts, smallest,
 @pytest.mark.parametrize("cls", CLASSES)
 def test_a_mask_pooler_borrows_level_by_level(cls, shared):
     box = randomise(make(cls, shared=shared))
-    mask, x, box_lists = make(cls, 14, lender=box), maps(), random_boxes(12, 9)
+    mask, x, box_lists = make(cls, 14, branch_from=box), maps(), random_boxes(12, 9)
     assert not list(mask.parameters()) and not mask.state_dict()
     for i, layer in enumerate(mask.level_poolers):
         assert layer.branch_owner is box.level_poolers[0 if shared else i]
@@ -193,7 +193,7 @@ def test_a_mask_pooler_borrows_level_by_level(cls, shared):
 @pytest.mark.parametrize("shared", [False, True])
 def test_a_copy_of_both_poolers_keeps_them_together(shared):
     box = randomise(make(ModulatedDeformRoIPool, shared=shared))
-    model = nn.ModuleDict({"box": box, "mask": make(ModulatedDeformRoIPool, 14, lender=box)})
+    model = nn.ModuleDict({"box": box, "mask": make(ModulatedDeformRoIPool, 14, branch_from=box)})
     x, box_lists = maps(), random_boxes(8, 5)
     twin, expected = copy.deepcopy(model), model["mask"](x, box_lists)
     for i, layer in enumerate(twin["mask"].level_poolers):
@@ -211,7 +211,7 @@ def test_a_copy_of_both_poolers_keeps_them_together(shared):
 @pytest.mark.parametrize("cls", CLASSES)
 def test_autocast(cls, dtype):
     box = randomise(make(cls), 0.1).float()
-    mask = make(cls, 14, lender=box).float()
+    mask = make(cls, 14, branch_from=box).float()
     x, box_lists = (
         [level.requires_grad_() for level in maps(dtype=dtype)],
         [Boxes(b.tensor) for b in random_boxes(9, 7)],
@@ -227,8 +227,10 @@ def test_autocast(cls, dtype):
     assert all(grad.dtype == torch.float32 and grad.isfinite().all() for grad in gradients(box).values())
 
 
-def test_lender_errors():
-    for lender in (plain(), make(DeformRoIPool)):
-        kind = type(lender.level_poolers[0]).__name__
-        with pytest.raises(ValueError, match=f"lender must be a ModulatedDeformRoIPool of 3 channels, got a {kind}"):
-            make(ModulatedDeformRoIPool, 14, lender=lender)
+def test_branch_from_errors():
+    for other in (plain(), make(DeformRoIPool)):
+        kind = type(other.level_poolers[0]).__name__
+        with pytest.raises(
+            ValueError, match=f"branch_from must be a ModulatedDeformRoIPool of 3 channels, got a {kind}"
+        ):
+            make(ModulatedDeformRoIPool, 14, branch_from=other)
