@@ -41,8 +41,9 @@ class Checkpointer(DetectionCheckpointer):
     """
 
     UNFINISHED = ".unfinished.pth"
+    logger: logging.Logger | logging.LoggerAdapter
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.logger = _FinalNames(self.logger)
 

@@ -1,5 +1,7 @@
 """The meta architecture of R-CNN feature mimicking."""
 
+from typing import Any
+
 from detectron2.config import configurable
 from detectron2.layers import NaiveSyncBatchNorm
 from detectron2.modeling import META_ARCH_REGISTRY
@@ -18,7 +20,7 @@ class MimickingRCNN(GeneralizedRCNN):
     """
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         """Takes the arguments of GeneralizedRCNN.
 
         Raises:
