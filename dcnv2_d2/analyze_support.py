@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetCatalog, DatasetMapper
+from detectron2.data import DatasetMapper
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import read_image
 from detectron2.modeling import build_model
@@ -27,7 +27,8 @@ from .analysis.figures import INSTRUMENTS, draw_supports
 from .analysis.locations import LAYERS
 from .analysis.saliency import BOUND, LEVELS
 from .checkpoint import Checkpointer
-from .config import load_config
+from .config import load_config, require_weights
+from .data.catalog import get_records
 
 logger = logging.getLogger("dcnv2_d2.analyze_support")
 
@@ -94,8 +95,8 @@ def load(config_file, opts, folder=None):
     cfg = load_config(str(config_file), opts)
     model = build_model(cfg).eval()
     checkpointer = Checkpointer(model, save_dir=str(folder or ""))
-    if folder is None and not cfg.MODEL.WEIGHTS:
-        raise ValueError("MODEL.WEIGHTS must be given: what an untrained model sees says nothing")
+    if folder is None:
+        require_weights(cfg)
     if folder is not None and not checkpointer.has_checkpoint():
         raise ValueError(f"--runs: {folder} must hold a checkpoint, got none")
     checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=folder is not None)
@@ -111,7 +112,7 @@ def read(cfg, path):
 
 def test_image(cfg, index):
     """The file of an image of the test set, counting those with objects."""
-    annotated = [record for record in DatasetCatalog.get(cfg.DATASETS.TEST[0]) if record["annotations"]]
+    annotated = [record for record in get_records(cfg.DATASETS.TEST[0]) if record["annotations"]]
     if not 0 <= index < len(annotated):
         raise ValueError(f"--index must be below {len(annotated)}, got {index}")
     return Path(annotated[index]["file_name"])
@@ -163,7 +164,7 @@ def analyze(args, models, path):
 
 def dilation(args, models):
     for name, (cfg, model) in models.items():
-        records = DatasetCatalog.get(cfg.DATASETS.TEST[0])[: args.dilation]
+        records = get_records(cfg.DATASETS.TEST[0])[: args.dilation]
         mapper = DatasetMapper(cfg, is_train=False)
         inputs = (record | mapper(dict(record)) | {"annotations": record["annotations"]} for record in tqdm(records))
         table = effective_dilation(model, inputs, args.areas)

@@ -156,7 +156,7 @@ def require_weights(cfg: CfgNode, *, resume: bool = False) -> None:
 
 
 def check_config(cfg: CfgNode) -> None:
-    """Finds combinations of keys that Detectron2 would only trip over later, or never mention.
+    """Refuses combinations of keys that would fail later, or have no effect.
 
     Raises:
         ValueError: names the key, what it must be and what it is.

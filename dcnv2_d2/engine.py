@@ -1,5 +1,5 @@
-"""Training that can be killed: Detectron2's DefaultTrainer, resumed exactly, with checkpoints that survive and errors
-that name what went wrong; and its launch, also under torch's own launcher."""
+"""Detectron2's DefaultTrainer for runs that are interrupted: exact resuming, whole checkpoints, errors that name the
+cause; and Detectron2's launch, which here works under torchrun too."""
 
 import functools
 import logging
@@ -40,10 +40,10 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """Detectron2's DefaultTrainer with this package's optimizer and the evaluators of COCO-format data.
 
-    With a SEED a run that is killed and resumed ends as one that was not: the random numbers of an iteration depend on
-    SEED, the process and the iteration alone, those of an image on SEED, the process and its place in the stream of
-    images, and the resumed run goes on where that stream was left. DATALOADER.NUM_WORKERS changes none of it. A
-    PyTorch IterableDataset is the exception: it starts again.
+    With a SEED, a run that is killed and resumed gives the same weights as an uninterrupted one: the random numbers of
+    an iteration depend on SEED, the process and the iteration alone, those of an image on SEED, the process and the
+    image's position in the stream, and a resumed run continues that stream. DATALOADER.NUM_WORKERS has no influence. A
+    PyTorch IterableDataset is the exception: it starts from the beginning.
     """
 
     @classmethod
@@ -59,7 +59,7 @@ class Trainer(DefaultTrainer):
         if kind == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if not evaluators:
-            raise NotImplementedError(  # which Detectron2 takes for "no evaluation", and goes on
+            raise NotImplementedError(  # after which Detectron2 continues without an evaluation
                 f"DATASETS.TEST: {dataset_name} must have the evaluator_type coco, sem_seg or coco_panoptic_seg, "
                 f"got {kind!r}"
             )
@@ -77,7 +77,7 @@ class Trainer(DefaultTrainer):
         seed_all_rng(cfg.SEED + comm.get_rank())  # Detectron2 0.6 seeds the sampler from NumPy's state
         options = _train_loader_from_config(cfg)
         records, grouped = options["dataset"], options["aspect_ratio_grouping"]
-        if options["sampler"] is None:  # Detectron2 main, of an IterableDataset: it starts again
+        if options["sampler"] is None:  # Detectron2 main, of an IterableDataset: it starts from the beginning
             return build_detection_train_loader(**options)
         dataset = DatasetFromList(records, copy=False) if isinstance(records, list) else records
         stream = TrainingStream(
@@ -140,7 +140,7 @@ class Trainer(DefaultTrainer):
 
 
 def _is_wide(record: dict) -> bool:
-    """As Detectron2's mapper will see it, which reads what records of stuff leave out from the image."""
+    """By the record or, as records for semantic segmentation may have no size, by the image itself."""
     if "width" in record:
         return record["width"] > record["height"]
     with PathManager.open(record["file_name"], "rb") as f, Image.open(f) as image:
@@ -154,7 +154,7 @@ class SeedEachStep(HookBase):
         self.seed = seed
 
     def before_train(self) -> None:
-        # Between data and model: what loading the images leaves behind depends on the loader's workers.
+        # After the images are loaded: the random state that this leaves depends on the number of workers.
         self.handle = self.trainer._trainer.model.register_forward_pre_hook(
             lambda *_: seed_by(self.seed, comm.get_rank(), self.trainer.iter)
         )
@@ -165,12 +165,12 @@ class SeedEachStep(HookBase):
 
 @torch.no_grad()
 def explain_divergence(model: nn.Module, batch: list[dict], autocast: AbstractContextManager | None = None) -> str:
-    """Sentences that say which parameter, layer and image made a loss infinite or NaN, by a second pass.
+    """Runs a step again to find the parameter, layer and image that made its loss infinite or NaN; returns sentences.
 
     Args:
         model: a Detectron2 model in training mode, inside an event storage.
         batch: the model's input.
-        autocast: under which the loss was computed, in which numbers overflow that float32 holds.
+        autocast: the context in which the loss was computed: half precision overflows earlier than float32.
     """
     names = [str(record.get("file_name", record.get("image_id", "unknown"))) for record in batch]
     broken = [name for name, p in model.named_parameters() if not p.isfinite().all()]
@@ -190,7 +190,7 @@ def explain_divergence(model: nn.Module, batch: list[dict], autocast: AbstractCo
         try:
             with autocast or nullcontext():
                 model([record])
-        except FloatingPointError:  # by Detectron2's RPN, after the layer that is to blame
+        except FloatingPointError:  # by Detectron2's RPN, which comes after the layer that we look for
             pass
         finally:
             for hook in hooks:
@@ -223,7 +223,7 @@ def launch(main: Callable[[Namespace], object], args: Namespace) -> None:
     """Runs main(args) in the processes that Detectron2's arguments ask for or, under torchrun, in this one.
 
     Detectron2 starts processes for GPUs only. Under torchrun, --num-gpus, --num-machines, --machine-rank and --dist-url
-    do not count; without a GPU the processes train on the CPU, over gloo.
+    are ignored; without a GPU the processes train on the CPU, over gloo.
 
     Raises:
         SystemExit: --num-gpus is more than there are, Ctrl-C was pressed, or a process of several ended early.

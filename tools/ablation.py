@@ -14,6 +14,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tabulate import tabulate
+
 ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "configs" / "quick_start" / "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic.yaml"
 # Of the small version: boxes alone, on a harder data set than the quick start's.
@@ -57,13 +59,16 @@ def average_precision(metrics):
 
 
 def table(results):
-    lines = ["| model | paper, COCO AP | ours, AP (seeds) | mean | standard deviation |", "|---|---|---|---|---|"]
+    lines = []
     for row, values in results.items():
         deviation = f"{statistics.stdev(values):.1f}" if len(values) > 1 else ""
         paper = ROWS[row][1]
-        cells = [row, "" if paper is None else paper, ", ".join(f"{v:.1f}" for v in values)]
-        lines.append("| " + " | ".join(map(str, [*cells, f"{statistics.fmean(values):.1f}", deviation])) + " |")
-    return "\n".join(lines) + "\n"
+        seeds = ", ".join(f"{v:.1f}" for v in values)
+        lines.append(
+            [row, "" if paper is None else f"{paper:.1f}", seeds, f"{statistics.fmean(values):.1f}", deviation]
+        )
+    headings = ["model", "paper, COCO AP", "ours, AP (seeds)", "mean", "standard deviation"]
+    return tabulate(lines, headings, tablefmt="github", disable_numparse=True) + "\n"
 
 
 def main():

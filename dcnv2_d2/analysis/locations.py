@@ -128,7 +128,7 @@ def _watch(model: nn.Module, pattern: str) -> Iterator[list[_Seen]]:
                 return _see_bins(seen, name, layer, boxes[0], offset, mask)
             return _see_samples(seen, name, layer, x, image_size, offset, mask)
 
-        layer.predict = predict  # until it is deleted, instead of the class's
+        layer.predict = predict  # hides the class's until it is deleted
         return layer
 
     def twin_of(name):

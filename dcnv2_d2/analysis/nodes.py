@@ -62,7 +62,7 @@ class BackboneNode:
 
 @dataclass(frozen=True)
 class RoINode:
-    """What the box head says of one RoI, directly before classification and regression; the first stage of a cascade.
+    """The box head's features of one RoI, which classification and regression use; of a cascade, the first stage's.
 
     Attributes:
         x1, y1, x2, y2: the RoI, in image pixels; it is clipped to the image, as the detector clips its proposals.
@@ -95,7 +95,7 @@ class RoINode:
                 for size, b in zip(inputs.image_sizes, boxes, strict=True)
             ]
             first = predictor[0] if isinstance(predictor, nn.ModuleList) else predictor
-            # Every kind of RoI heads reaches its predictor in a way of its own; what comes after is not needed.
+            # Each kind of RoI heads calls its predictor differently; what follows is not needed.
             handle = first.register_forward_pre_hook(_stop)
             try:
                 model.roi_heads(inputs, features, proposals)

@@ -26,7 +26,7 @@ def write_report(cfg: CfgNode, model: Model) -> list[Path]:
     Args:
         cfg: the run's config; the pictures show images of its first test set.
         model: a Detectron2 model. Without instances in its output, deformable layers in its backbone or a metrics.json,
-            the picture in question is left out.
+            the picture that needs them is left out.
 
     Returns:
         The paths of the pictures.

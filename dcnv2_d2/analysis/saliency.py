@@ -131,7 +131,7 @@ class _Search:
 
         Tries evenly spaced numbers at once, then those between the best of them and the next.
         """
-        low, high = 0, len(order)  # low is known to do
+        low, high = 0, len(order)  # `low` cells are known to fit
         while low < high:
             step = -(-(high - low) // self.batch_size)
             counts = list(range(low + step, high, step)) + [high]

@@ -1,4 +1,4 @@
-"""All that is to be seen of one node: what the figures of section 2 are drawn from."""
+"""All measurements of one node, from which the figures of section 2 are drawn."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -21,7 +21,7 @@ class Support:
     """The support of a node in an image.
 
     Attributes:
-        node: whose it is.
+        node: the node that was measured.
         title: for figures.
         image (uint8 array[H, W, 3]): RGB.
         locations, receptive_field, saliency: what effective_locations, effective_receptive_field and saliency_region
@@ -60,7 +60,7 @@ class Support:
 def find_support(
     model: Model, image: Tensor, node: BackboneNode | RoINode, title: str = "", *, layers: str = LAYERS, **search: Any
 ) -> Support:
-    """Points all three instruments at a node.
+    """Measures a node with all three instruments.
 
     Args:
         model: a Detectron2 model.

@@ -1,4 +1,4 @@
-"""Saving and loading checkpoints with care."""
+"""Checkpoints that are whole, and errors that name a damaged one."""
 
 import logging
 import os
@@ -36,8 +36,8 @@ class _FinalNames(logging.LoggerAdapter):
 class Checkpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, for files that may be damaged, dangerous, or of a v1 model.
 
-    A checkpoint that it saves exists wholly or not at all; resuming passes over unreadable ones to the last that can
-    be read. The offsets of a v1 model fit into a v2 model, where Detectron2 leaves out every tensor of another shape.
+    A file that it saves is complete or absent; resuming skips unreadable files and takes the last that can be read.
+    The offsets of a v1 model fit into a v2 model, where Detectron2 leaves out every tensor of another shape.
     """
 
     UNFINISHED = ".unfinished.pth"

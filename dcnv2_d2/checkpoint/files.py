@@ -1,4 +1,4 @@
-"""Reads other people's files with care."""
+"""Reads checkpoints of other projects without running code that they may hold."""
 
 import pickle
 

@@ -11,7 +11,7 @@ import numpy as np
 import pycocotools.mask as mask_util
 from PIL import Image
 
-GENERATOR_VERSION = 2  # to be raised with any change to a picture: it is in the path of what is stored
+GENERATOR_VERSION = 2  # increase it with any change to a picture: it is part of the path of the stored data
 SCENE_SIZE = 192
 MAX_HIDDEN = 0.25  # of an object's mask, by everything in front of it together
 _SUPERSAMPLING = 2
@@ -47,7 +47,7 @@ def draw_scene(seed: int, index: int, spec: SceneSpec) -> tuple[np.ndarray, list
         image (uint8 array[S, S, 3]): RGB.
         annotations: COCO's "segmentation" (polygons of the parts, their union is the mask), "bbox" (XYWH, the polygons'
             extent), "area" (of the rasterised mask), "category_id" (from 1) and "iscrowd", in image pixels and drawing
-            order. Masks are of whole bodies: what lies in front hides at most a quarter of one and is not cut out.
+            order. Masks are of whole bodies: at most a quarter of one is hidden, and that is not cut out.
     """
     rng = np.random.default_rng([seed, index])
     size, scale = spec.image_size, spec.image_size / SCENE_SIZE
@@ -72,7 +72,7 @@ def draw_scene(seed: int, index: int, spec: SceneSpec) -> tuple[np.ndarray, list
             if not _hides_too_much(mask, masks):
                 break
         else:
-            continue  # a crowded scene: better one body fewer than one hidden
+            continue  # a crowded scene: one body fewer, so that none is hidden
         masks.append(mask)
         annotations.append(_annotation(parts, mask, category + 1))
         shade = rng.uniform(0.8, 1.2, (len(parts), 1))
@@ -137,7 +137,7 @@ def _starfish(rng):
 
 def _fork(rng):
     handle, radius = _spine(rng), rng.uniform(0.055, 0.075)
-    heading = np.arctan2(*(handle[0] - handle[1])[::-1])  # the tines go on where the handle begins
+    heading = np.arctan2(*(handle[0] - handle[1])[::-1])  # the tines start where the handle does
     tines = [_spine(rng, rng.uniform(0.5, 0.65), 0.4, heading + spread) for spread in (-0.7, 0, 0.7)]
     return [_tube(handle, radius, radius)] + [_tube(tine, radius, radius * 0.8) for tine in tines]
 

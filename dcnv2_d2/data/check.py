@@ -61,7 +61,7 @@ def _all_problems(cfg: CfgNode, train: bool) -> Iterator[str]:
 
 
 def _caught(problems: Iterator[str]) -> Iterator[str]:
-    """A data set's own functions and records can raise anything, while other processes wait for what is found."""
+    """A data set's own functions and records can raise anything, and the other processes wait for a result."""
     try:
         yield from problems
     except DatasetNotFound as error:
@@ -75,7 +75,7 @@ def _class_problems(cfg: CfgNode, classes: dict[str, Sequence[str]]) -> Iterator
     node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
     expected = cfg.MODEL[node].NUM_CLASSES
     if node == "ROI_HEADS" and not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN):
-        return  # Somebody's own model has a key of its own.
+        return  # a model of the user's own, with its own key
     first = next((name for name, own in classes.items() if own), "")
     for name, own in classes.items():
         if not own:

@@ -125,7 +125,7 @@ def _generate(name: str, folder: Path) -> None:
     split = SPLITS[name]
     unfinished = folder.with_name(folder.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    shutil.rmtree(folder, ignore_errors=True)  # one without annotations would be in the way
+    shutil.rmtree(folder, ignore_errors=True)  # an old one without annotations
     try:
         (unfinished / "images").mkdir(parents=True)
         dataset: dict[str, Any] = {
@@ -150,7 +150,7 @@ def _generate(name: str, folder: Path) -> None:
 
 
 def _pool(num_images: int) -> AbstractContextManager:
-    """A pool of processes; a context of None where it is not worth its start, or not allowed (DataLoader workers)."""
+    """A pool of processes; None where it would take longer to start than it saves, or in a DataLoader's worker."""
     if num_images < 200 or multiprocessing.current_process().daemon:
         return nullcontext()
     return multiprocessing.Pool(min(os.cpu_count() or 1, 8))

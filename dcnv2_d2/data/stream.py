@@ -1,4 +1,4 @@
-"""The stream of training images: the same however many processes load it, and wherever it is taken up."""
+"""The stream of training images: the same for any number of loader processes, and from where it is resumed on."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,15 @@ from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 
 def seed_by(*numbers: int) -> None:
-    """Makes what is random from here on depend on these numbers (from 0) and on nothing else."""
+    """Seeds all random number generators by these numbers (0 or more) alone."""
     seed_all_rng(int(np.random.SeedSequence(numbers).generate_state(1)[0]) >> 1)
 
 
 class TrainingStream(IterableDataset):
-    """The images that a sampler of Detectron2 chooses, from where a number of batches have been made of them.
+    """The images that a sampler of Detectron2 chooses, without those of the first `skip` batches.
 
-    How an image is augmented depends on nothing but the seed, the process and the image's place in the whole stream.
-    Loader workers share the stream out so that Detectron2's loader makes the batches of one process of it.
+    How an image is augmented depends only on the seed, the process and the image's position in the whole stream. Each
+    of several loader workers yields its share, such that Detectron2's loader makes the batches of a single one.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class TrainingStream(IterableDataset):
             sampler: endless, and the same on each iteration.
             batch_size: images of this process in a batch.
             grouped: whether the loader groups them by aspect ratio, so that it takes single images from the workers.
-            skip: how many batches are to be left out.
+            skip: the number of batches to leave out.
             wide: whether an image is wider than high, by index; needed to skip batches that are grouped.
         """
         self.dataset = dataset
@@ -47,7 +47,7 @@ class TrainingStream(IterableDataset):
         self.grouped = grouped
         self.skip = skip
         self.wide = wide
-        self.rank = comm.get_rank()  # which a loader's worker need not know
+        self.rank = comm.get_rank()  # a loader's worker may not know it
 
     def __iter__(self) -> Iterator:
         worker = get_worker_info()

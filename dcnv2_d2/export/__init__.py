@@ -36,8 +36,8 @@ def export_detector(model: GeneralizedRCNN | RetinaNet) -> ExportedProgram:
 def export_onnx(program: ExportedProgram, path: str, opset: int = MIN_OPSET) -> None:
     """Writes what export_detector made, or any other exported program with our operators, as ONNX.
 
-    deform_conv2d becomes DeformConv, deform_roi_pool RoiAlign and arithmetic: there are operators of ONNX alone. ONNX
-    Runtime has DeformConv on the CPU from 1.25.
+    deform_conv2d becomes DeformConv, deform_roi_pool RoiAlign and arithmetic: the file has standard operators only.
+    ONNX Runtime has DeformConv on the CPU from 1.25 on.
 
     Raises:
         ValueError: opset is below 19, the first with DeformConv.

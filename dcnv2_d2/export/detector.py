@@ -23,7 +23,7 @@ class Detector(nn.Module):
     """A Faster or Mask R-CNN or a RetinaNet of Detectron2 at inference, from the pixels of one image to its detections.
 
     The parts are the model's own; only what lies between them is written anew, without Python decisions on values:
-    Detectron2's own way from proposals to detections cannot be exported.
+    Detectron2's own code there cannot be exported.
     """
 
     def __init__(self, model: GeneralizedRCNN | RetinaNet):

@@ -1,4 +1,4 @@
-"""NMS as an operator of its own: the shape rule of torchvision's takes it that at least two boxes are kept."""
+"""NMS as an operator of our own: the shape rule of torchvision's assumes that at least two boxes are kept."""
 
 import torch
 from detectron2 import layers

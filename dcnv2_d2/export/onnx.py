@@ -1,4 +1,4 @@
-"""What torch.onnx must know of our operators: each in terms of ONNX's own."""
+"""Our operators in terms of ONNX's, for torch.onnx."""
 
 from collections.abc import Callable
 
@@ -32,7 +32,7 @@ def _deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation)
 
 
 def _deform_roi_pool(input, boxes, offset, mask, output_size, spatial_scale, sampling_ratio, gamma):
-    """RoiAlign of a box of one bin for each bin, where its offset moves it: it has the samples of the operator."""
+    """For each bin a RoiAlign of one bin, where the offset moves it: it samples as the operator does."""
     (bins_h, bins_w), channels = output_size, input.shape[1]
     image, corner, end = (op.Slice(boxes, [a], [b], [1]) for a, b in ((0, 1), (1, 3), (3, 5)))
     # All as [K, 2, Ph, Pw], x before y.
@@ -61,7 +61,7 @@ def _deform_roi_pool(input, boxes, offset, mask, output_size, spatial_scale, sam
 
 
 def _batched_nms(boxes, scores, classes, num_classes, iou_threshold):
-    """NonMaxSuppression wants a score for each class and box; those of other classes are below the threshold."""
+    """NonMaxSuppression takes a score for each class and box; those of other classes are below the threshold."""
     own = op.Equal(op.Unsqueeze(classes, [0]), _constant(np.arange(num_classes)[:, None]))
     table = op.Where(own, op.Unsqueeze(scores, [0]), _constant(np.float32(-3.4e38)))
     selected = op.NonMaxSuppression(

@@ -1,4 +1,4 @@
-"""Backbones: Detectron2's builders make them, the chosen stages are then turned deformable."""
+"""Backbones: Detectron2 builds them, then the convolutions of the chosen stages are made deformable."""
 
 import functools
 import logging
@@ -134,7 +134,7 @@ def build_resnet_aspp_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ReducedC
 
 
 def build_small_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ReducedC5:
-    """The same for images of 100 to 200 pixels, which Detectron2's ResNets are too coarse for.
+    """A small ResNet with a reduced res5 for images of 100 to 200 pixels, for which Detectron2's are too coarse.
 
     Stride 4 at res2, 8 from res3 on; basic blocks, one at res2 and two a stage after that. Reads
     MODEL.RESNETS.STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at res3 and at res4), NORM and OUT_FEATURES.

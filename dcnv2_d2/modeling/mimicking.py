@@ -19,7 +19,7 @@ REDUCTIONS = ("sum", "mean")
 
 
 class FeatureMimicking(nn.Module):
-    """What the R-CNN branch has of its own: the choice of RoIs (Omega), their crops, a classifier and two losses.
+    """The R-CNN branch without what it shares: the choice of RoIs (Omega), their crops, a classifier and two losses.
 
     .. math:: L_{mimic} = \\sum_{b \\in \\Omega} [1 - \\cos(f_{RCNN}(b), f_{FRCNN}(b))]   (Eq. 3)
     """
@@ -43,11 +43,11 @@ class FeatureMimicking(nn.Module):
             in_features: length of the box head's output, flattened.
             num_classes: foreground classes; the classifier has one more output, the background.
             regions: which of the proposals that the box head was trained on are in Omega: fg, bg or both.
-            num_rois: the most RoIs of an image in Omega, drawn at random.
+            num_rois: the greatest number of RoIs of an image in Omega, drawn at random.
             crop_size: side of a crop, in pixels.
             loss_weight, cls_loss_weight: of the mimicking loss and of the classifier's cross-entropy.
             reduction: sum or mean of the mimicking loss over the RoIs of an image; the images are averaged.
-            chunk: the most crops in one pass through the network; 0: all of them.
+            chunk: the greatest number of crops in one pass through the network; 0: all of them.
             checkpointing: whether the branch is computed again during backward, instead of kept.
 
         Raises:
@@ -225,7 +225,7 @@ class Mimicking(StandardROIHeads):
             )
         proposals, result = super().forward(images, features, proposals, targets)
         if self.training:
-            storage = get_event_storage()  # here, as backward, where checkpointing comes back, may be outside of it
+            storage = get_event_storage()  # with checkpointing the branch runs again in backward, maybe outside of it
             result.update(
                 self.mimicking(
                     images,

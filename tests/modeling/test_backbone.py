@@ -184,6 +184,19 @@ def test_errors(deform, changes, words):
     assert all(word in str(error.value) for word in words), error.value
 
 
+@pytest.mark.parametrize("name", [RESNET, FPN, SMALL])
+def test_no_stage_is_told(name, caplog):
+    sentence = f"MODEL.BACKBONE.NAME is {name}, but MODEL.RESNETS.DEFORM_ON_PER_STAGE chooses no stage"
+    changes = TINY if name == SMALL else R18
+    with torch.device("meta"):
+        build(name, [False] * 4, **changes)
+        assert [sentence in r.getMessage() for r in caplog.records if r.levelname == "WARNING"] == [True]
+        caplog.clear()
+        build(name, C5, **changes)
+        build(name, [False] * 4, **changes, **{"DCNV2.CONVS": ["res5"]})
+    assert not [r for r in caplog.records if r.levelname == "WARNING"]
+
+
 @pytest.mark.parametrize("name", [RESNET, FPN, RETINANET])
 def test_config_is_not_modified(name):
     cfg = make_cfg(name, **R18)
