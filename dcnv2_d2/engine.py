@@ -241,9 +241,9 @@ def _launch(main: Callable[[Namespace], object], args: Namespace) -> None:
         gpus = torch.cuda.device_count()
         if args.num_gpus > max(gpus, 1):
             raise SystemExit(
-                f"Error: --num-gpus must be at most {gpus}, the GPUs there are, got {args.num_gpus}. To train on the "
-                f"CPU in several processes: torchrun --standalone --nproc-per-node={args.num_gpus}, and the command "
-                "without --num-gpus"
+                f"Error: --num-gpus must be at most the number of GPUs here, {gpus}, got {args.num_gpus}. On the CPU "
+                f"several processes train under torchrun --standalone --nproc-per-node={args.num_gpus}, followed by "
+                "the command without --num-gpus"
             )
         detectron2_launch(
             main,
