@@ -38,15 +38,20 @@ class TrainingStream(IterableDataset):
             batch_size: images of this process in a batch.
             grouped: whether the loader groups them by aspect ratio, so that it takes single images from the workers.
             skip: the number of batches to leave out.
-            wide: whether an image is wider than high, by index; needed to skip batches that are grouped.
+            wide: whether an image is wider than high, by index.
+
+        Raises:
+            ValueError: wide is missing, without which batches that are grouped cannot be skipped.
         """
+        if grouped and skip and wide is None:
+            raise ValueError("TrainingStream: wide must be given to skip batches that are grouped, got None")
         self.dataset = dataset
         self.sampler = sampler
         self.seed = seed
         self.batch_size = batch_size
         self.grouped = grouped
         self.skip = skip
-        self.wide = wide
+        self.wide = wide if grouped else None
         self.rank = comm.get_rank()  # a loader's worker may not know it
 
     def __iter__(self) -> Iterator:

@@ -87,3 +87,10 @@ def test_the_loader_of_a_training_run():
             for record, wanted in zip(batch, batch_expected, strict=True):
                 assert record["file_name"] == wanted["file_name"] and torch.equal(record["image"], wanted["image"])
                 assert torch.equal(record["instances"].gt_boxes.tensor, wanted["instances"].gt_boxes.tensor)
+
+
+def test_skipping_grouped_batches_needs_the_shapes():
+    options = {"seed": 0, "batch_size": 2, "grouped": True}
+    TrainingStream([], [], **options)
+    with pytest.raises(ValueError, match="wide must be given to skip batches that are grouped, got None"):
+        TrainingStream([], [], **options, skip=1)
