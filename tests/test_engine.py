@@ -291,7 +291,7 @@ def test_ctrl_c_while_saving(saved, monkeypatch):
 @pytest.mark.parametrize("gpus", [0, 1])
 def test_more_gpus_than_there_are(gpus, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    sentence = rf"--num-gpus must be at most the number of GPUs here, {gpus}, got 2\..* torchrun --standalone --nproc-per-node=2"
+    sentence = rf"--num-gpus must be at most the number of GPUs here, {gpus}, got 2\..* torchrun .*--nproc-per-node=2"
     with pytest.raises(SystemExit, match=sentence):
         launch(lambda args: pytest.fail("started"), Namespace(**{**vars(ARGUMENTS), "num_gpus": 2}))
 
