@@ -35,9 +35,9 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         bias_lr_factor=solver.BIAS_LR_FACTOR,
         weight_decay_bias=solver.WEIGHT_DECAY_BIAS,
     )
-    predictors = {p for m in model.modules() if isinstance(m, DeformConv2d) for p in m.conv_offset.parameters()}
+    factors = {p: factor for m in model.modules() if isinstance(m, DeformConv2d) for p in m.conv_offset.parameters()}
     scaled = [
-        {"params": [p], "lr": group["lr"] * factor} for group in groups for p in group["params"] if p in predictors
+        {"params": [p], "lr": group["lr"] * factors[p]} for group in groups for p in group["params"] if p in factors
     ]
     groups = reduce_param_groups(groups + scaled)  # of the options of a parameter, the last count
     options = {"momentum": solver.MOMENTUM, "nesterov": solver.NESTEROV} if solver.OPTIMIZER == "SGD" else {}
