@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dcnv2_d2 import add_dcnv2_config
+from dcnv2_d2 import __version__, add_dcnv2_config
 from dcnv2_d2.config import CONFIGS
 from dcnv2_d2.layers import DeformConv2d, ModulatedDeformConv2d
 from detectron2.config import get_cfg
@@ -181,27 +181,28 @@ def test_resume_continues_the_optimizer(resumed):
     assert {int(parameter["step"]) for parameter in state.values()} == {5}
 
 
-def test_eval_only_without_weights(tmp_path):
-    process = train_net(tmp_path, "--eval-only")
-    assert process.returncode == 1 and "Traceback" not in process.stderr
+def test_the_wheel_is_typed_and_has_the_package_s_version(installed):
+    assert (installed / "dcnv2_d2/py.typed").is_file()
+    assert (installed / f"dcnv2_d2-{__version__}.dist-info").is_dir()
+
+
+def test_eval_only_without_weights(train, tmp_path):
+    process = train(tmp_path, "--eval-only")
+    assert process.returncode == 1 and "Traceback" not in process.stdout + process.stderr
     assert process.stderr.endswith("Error: MODEL.WEIGHTS must be given, those of a trained detector, got ''\n")
 
 
-def test_data_that_is_missing(tmp_path):
+def test_data_that_is_missing(run, tmp_path):
     """COCO that was never downloaded, and a misspelt name: told before anything is built, without a traceback."""
-    command = [sys.executable, "train_net.py", "--config-file", CONFIG, "OUTPUT_DIR", str(tmp_path / "run")]
-    process = subprocess.run(
-        [*command, "DATASETS.TRAIN", "coco_2017_train", "DATASETS.TEST", "bent_shapes_tiny_vall"],
-        cwd=ROOT, env={**os.environ, "DETECTRON2_DATASETS": str(tmp_path)}, capture_output=True, text=True,
-    )  # fmt: skip
+    names = ["DATASETS.TRAIN", "coco_2017_train", "DATASETS.TEST", "bent_shapes_tiny_vall"]
+    process = run(tmp_path, "train", "--config-file", CONFIG, *names)
     assert process.returncode == 1 and "Traceback" not in process.stdout + process.stderr
-    error = process.stderr[process.stderr.index("Error: ") :].splitlines()
-    assert error == [
+    assert process.stderr[process.stderr.index("Error: ") :].splitlines() == [
         "Error: the data sets cannot be used:",
         "  bent_shapes_tiny_vall: no data set has this name; the nearest names are bent_shapes_tiny_val, "
         "bent_shapes_ablation_val, bent_shapes_tiny_train. Files are given as annotations.json:folder_of_images",
-        f"  coco_2017_train: {tmp_path}/coco/annotations/instances_train2017.json does not exist; set "
-        f"DETECTRON2_DATASETS to the folder that holds your data sets, now {tmp_path}",
+        "  coco_2017_train: datasets/coco/annotations/instances_train2017.json does not exist; set "
+        f"DETECTRON2_DATASETS to the folder that holds your data sets, now {tmp_path}/datasets",
     ]
 
 
