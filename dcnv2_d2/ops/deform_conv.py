@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _extension
+from . import _registrations  # noqa: F401
 
 
 def deform_conv2d(
@@ -51,7 +51,6 @@ def deform_conv2d(
         TypeError: a dtype does not fit.
         RuntimeError: the compiled operators are not built.
     """
-    _extension.check()
     return torch.ops.dcnv2_d2.deform_conv2d(
         input, offset, weight, bias, mask, list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _extension
+from . import _registrations  # noqa: F401
 from .deform_roi_pool import boxes_with_batch_index
 
 
@@ -65,7 +65,6 @@ def deform_ps_roi_pool(
         TypeError: a dtype does not fit.
         RuntimeError: the compiled operators are not built.
     """
-    _extension.check()
     boxes = boxes_with_batch_index("deform_ps_roi_pool", input, boxes)
     return torch.ops.dcnv2_d2.deform_ps_roi_pool(
         input, boxes, offset, mask, list(_pair(output_size)), spatial_scale, sampling_ratio, gamma, group_size

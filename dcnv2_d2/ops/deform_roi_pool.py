@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _extension
+from . import _registrations  # noqa: F401
 
 
 def deform_roi_pool(
@@ -55,7 +55,6 @@ def deform_roi_pool(
         TypeError: a dtype does not fit.
         RuntimeError: the compiled operators are not built.
     """
-    _extension.check()
     boxes = boxes_with_batch_index("deform_roi_pool", input, boxes)
     return torch.ops.dcnv2_d2.deform_roi_pool(
         input, boxes, offset, mask, list(_pair(output_size)), spatial_scale, sampling_ratio, gamma
