@@ -5,8 +5,15 @@ import torch
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
+def check_devices(op, input, **tensors):
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != input.device:
+            raise ValueError(f"{op}: {name} must be on the device of input ({input.device}), got {tensor.device}")
+
+
 def _check_tensors(op, input, same_dtype=(), **tensors):
     """Dense tensors of a floating dtype, on one device; those of `same_dtype` in the dtype of input."""
+    check_devices(op, input, **tensors)
     if input.dtype not in _DTYPES:
         raise TypeError(f"{op}: input must be float64, float32, bfloat16 or float16, got {input.dtype}")
     for name, tensor in {"input": input, **tensors}.items():
@@ -16,8 +23,6 @@ def _check_tensors(op, input, same_dtype=(), **tensors):
             raise TypeError(f"{op}: {name} must have a floating-point dtype, got {tensor.dtype}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{op}: {name} must be a dense tensor, got one of layout {tensor.layout}")
-        if tensor.device != input.device:
-            raise ValueError(f"{op}: {name} must be on the device of input ({input.device}), got {tensor.device}")
         if name in same_dtype and tensor.dtype != input.dtype:
             raise TypeError(f"{op}: {name} must have the dtype of input ({input.dtype}), got {tensor.dtype}")
 
@@ -91,6 +96,9 @@ def _check_roi_pool(op, input, boxes, offset, mask, output_size, spatial_scale):
     _check_pair(op, "output_size", output_size, 1)
     if not spatial_scale > 0:
         raise ValueError(f"{op}: spatial_scale must be above 0, got {spatial_scale}")
+
+
+def _check_pool_mask(op, boxes, mask, output_size):
     _check_sizes(op, "mask", mask, [boxes.shape[0], 1, *output_size], "[K, 1, Ph, Pw]")
 
 
@@ -99,6 +107,7 @@ def check_deform_roi_pool(input, boxes, offset, mask, output_size, spatial_scale
     op = "deform_roi_pool"
     _check_roi_pool(op, input, boxes, offset, mask, output_size, spatial_scale)
     _check_sizes(op, "offset", offset, [boxes.shape[0], 2, *output_size], "[K, 2, Ph, Pw]")
+    _check_pool_mask(op, boxes, mask, output_size)
     return [boxes.shape[0], input.shape[1], *output_size]
 
 
@@ -122,6 +131,7 @@ def check_deform_ps_roi_pool(input, boxes, offset, mask, output_size, spatial_sc
                 f"{op}: offset must have channels for a number of classes that divides the {channels // groups} "
                 f"channels of the result, got {offset.shape[1]} channels, which make {classes} classes"
             )
+    _check_pool_mask(op, boxes, mask, output_size)
     return [k, channels // groups, *output_size]
 
 

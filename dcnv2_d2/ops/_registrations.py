@@ -4,6 +4,7 @@ import functools
 import warnings
 
 import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch._prims_common import suggest_memory_format
 from torch.autograd import Function, forward_ad
 
@@ -56,7 +57,10 @@ def _register_autograd(name, tensors, define, differentiate):
         def forward(ctx, keyset, *args):
             ctx.save_for_backward(*args[:tensors])
             ctx.rest = args[tensors:]
-            return run(keyset, *args)
+            if not torch._C._are_functorch_transforms_active():
+                return run(keyset, *args)
+            with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):  # for the outer transforms
+                return run(keyset, *args)
 
         @staticmethod
         def backward(ctx, *grads):
@@ -67,10 +71,30 @@ def _register_autograd(name, tensors, define, differentiate):
         if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in given):
             return define(*args)
         if torch.is_grad_enabled() and any(t.requires_grad for t in given):
-            return Differentiable.apply(keyset, *args)
+            if not torch._C._are_functorch_transforms_active():
+                return Differentiable.apply(keyset, *args)
+            # Function.apply would hand the call to the transforms, which are what called this kernel.
+            with enable_single_level_autograd_function():
+                return super(Function, Differentiable).apply(keyset, *args)
         return run(keyset, *args)
 
     _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+def _register_vmap(name):
+    """One call for each sample; any of the tensors may have the mapped dimension."""
+    op = getattr(_ops, name).default
+
+    def rule(info, in_dims, *args):
+        def sample(i):
+            return [a.select(d, i) if isinstance(d, int) else a for a, d in zip(args, in_dims, strict=True)]
+
+        results = [op(*sample(i)) for i in range(info.batch_size)]
+        if isinstance(results[0], torch.Tensor):
+            return torch.stack(results), 0
+        return tuple(torch.stack(r) for r in zip(*results, strict=True)), (0,) * len(results[0])
+
+    torch.library.register_vmap(f"dcnv2_d2::{name}", rule)
 
 
 @functools.cache
@@ -93,7 +117,7 @@ def _register_fall_back(name, define, laid_out):
         first, *others = results if isinstance(results, tuple) else (results,)
         if first.dim() == 4:  # a gradient may not be wanted
             first = first.contiguous(memory_format=suggest_memory_format(args[laid_out]))
-        return (first, *others) if others else first
+        return (first, *(t.contiguous() for t in others)) if others else first
 
     _library.impl(name, kernel, "CompositeExplicitAutograd")
 
@@ -140,8 +164,13 @@ def _differentiate_conv_backward(ctx, *cotangents):
 
 
 @torch.library.register_fake("dcnv2_d2::deform_conv2d")
-def _(*args):
-    return _empty(_checks.check_deform_conv2d(*args), args[0])
+def _(input, offset, weight, bias, mask, stride, padding, dilation):
+    _checks.check_devices("deform_conv2d", input, offset=offset, weight=weight, bias=bias, mask=mask)
+    size = [
+        (input.shape[i + 2] + 2 * padding[i] - dilation[i] * (weight.shape[i + 2] - 1) - 1) // stride[i] + 1
+        for i in range(2)
+    ]
+    return _empty((input.shape[0], weight.shape[0], *size), input)
 
 
 @torch.library.register_fake("dcnv2_d2::deform_conv2d_backward")
@@ -151,6 +180,8 @@ def _(grad, input, offset, weight, mask, *rest):
 
 _register_autograd("deform_conv2d", 5, _define_conv, _differentiate_conv)
 _register_autograd("deform_conv2d_backward", 5, _define_conv_backward, _differentiate_conv_backward)
+_register_vmap("deform_conv2d")
+_register_vmap("deform_conv2d_backward")
 _register_fall_back("deform_conv2d", _define_conv, laid_out=0)
 _register_fall_back("deform_conv2d_backward", _define_conv_backward, laid_out=1)
 _register_autocast(
@@ -165,7 +196,8 @@ _register_autocast(
 # --- deform_roi_pool, deform_ps_roi_pool
 
 
-def _register_roi_pool(name, check):
+def _register_roi_pool(name, check, pooled_channels):
+    """pooled_channels(input, *geometry): the number of channels of the result."""
     op, backward_op = getattr(_ops, name).default, getattr(_ops, f"{name}_backward").default
 
     def define(*args):
@@ -190,8 +222,9 @@ def _register_roi_pool(name, check):
         by_grad, by_input, by_offset, by_mask = double_backward(cotangents, *ctx.saved_tensors, *ctx.rest)
         return by_grad, by_input, None, by_offset, by_mask
 
-    def fake(*args):
-        return _empty(check(*args), args[0])
+    def fake(input, boxes, offset, mask, output_size, *geometry):
+        _checks.check_devices(name, input, boxes=boxes, offset=offset, mask=mask)
+        return _empty((boxes.shape[0], pooled_channels(input, *geometry), *output_size), input)
 
     def fake_backward(grad, input, boxes, offset, mask, *rest):
         return _empty_gradients(input, (offset, mask), rest[-1])
@@ -200,10 +233,16 @@ def _register_roi_pool(name, check):
     torch.library.register_fake(f"dcnv2_d2::{name}_backward", fake_backward)
     _register_autograd(name, 4, define, differentiate)
     _register_autograd(f"{name}_backward", 5, define_backward, differentiate_backward)
+    _register_vmap(name)
+    _register_vmap(f"{name}_backward")
     _register_fall_back(name, define, laid_out=0)
     _register_fall_back(f"{name}_backward", define_backward, laid_out=1)
     _register_autocast(name, lambda cast, input, *rest: op(cast(input), *rest))
 
 
-_register_roi_pool("deform_roi_pool", _checks.check_deform_roi_pool)
-_register_roi_pool("deform_ps_roi_pool", _checks.check_deform_ps_roi_pool)
+_register_roi_pool("deform_roi_pool", _checks.check_deform_roi_pool, lambda input, *geometry: input.shape[1])
+_register_roi_pool(
+    "deform_ps_roi_pool",
+    _checks.check_deform_ps_roi_pool,
+    lambda input, *geometry: input.shape[1] // geometry[-1] ** 2,
+)
