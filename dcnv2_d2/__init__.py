@@ -1,7 +1,6 @@
 """Deformable ConvNets v2 for Detectron2: importing this package makes its parts known to Detectron2's registries."""
 
 import os
-import warnings
 
 # Before torch loads OpenMP: its threads spin so long while they wait that training takes several times longer as soon
 # as another process wants the same cores. This many spins, some microseconds, cost nothing on a quiet machine.
@@ -13,11 +12,14 @@ if compat.prepare():  # before anything that imports Detectron2
     from . import modeling  # noqa: F401
     from .config import add_dcnv2_config, load_config
     from .data import register_all
+    from .ops._counting import register_with_fvcore
 
     register_all()
+    register_with_fvcore()
     __all__ = ["add_dcnv2_config", "load_config"]
 else:
-    warnings.warn(
-        f"Detectron2 is not installed; only dcnv2_d2.ops and dcnv2_d2.layers can be used. {compat.INSTALL_HINT}",
-        stacklevel=2,
-    )
+
+    def __getattr__(name):
+        if name in ("add_dcnv2_config", "load_config"):
+            raise ImportError(f"dcnv2_d2.{name} needs Detectron2, which is not installed: {compat.INSTALL_HINT}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _registrations  # noqa: F401
-
 
 def deform_conv2d(
     input: Tensor,
@@ -51,6 +49,8 @@ def deform_conv2d(
         ValueError: a shape, device, stride, padding or dilation does not fit.
         TypeError: a dtype does not fit.
     """
+    if offset is None:
+        raise ValueError("deform_conv2d: offset must be a tensor, got None; torch.nn.functional.conv2d needs no offset")
     return torch.ops.dcnv2_d2.deform_conv2d.default(
         input, offset, weight, bias, mask, list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _registrations  # noqa: F401
 from .deform_roi_pool import boxes_with_batch_index
 
 

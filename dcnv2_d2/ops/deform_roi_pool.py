@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _registrations  # noqa: F401
-
 
 def deform_roi_pool(
     input: Tensor,
@@ -65,6 +63,12 @@ def boxes_with_batch_index(function: str, input: Tensor, boxes: Tensor | Sequenc
     """A list of Tensor[L, 4], one per image, as Tensor[K, 5]; a tensor as it is."""
     if isinstance(boxes, Tensor):
         return boxes
+    for b in boxes if isinstance(boxes, (list, tuple)) else [boxes]:
+        if not isinstance(b, Tensor):
+            hint = "; pass its .tensor" if hasattr(b, "tensor") else ""
+            raise TypeError(
+                f"{function}: boxes must be a tensor [K, 5] or a list of tensors [L, 4], got {type(b).__name__}{hint}"
+            )
     if len(boxes) != input.shape[0]:
         raise ValueError(f"{function}: boxes must have one tensor per image ({input.shape[0]}), got {len(boxes)}")
     for b in boxes:
