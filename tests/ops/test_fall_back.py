@@ -20,7 +20,7 @@ TESTS = Path(__file__).parents[1]
 
 def hidden(arguments):
     """Runs Python with the compiled library hidden."""
-    environment = {**os.environ, "DCNV2_D2_HIDE_LIBRARY": "1", "PYTHONPATH": str(TESTS)}
+    environment = {**os.environ, "DCNV2_D2_HIDE_LIBRARY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=TESTS)
 
 
