@@ -1,7 +1,6 @@
 """Deformable ConvNets v2 for Detectron2: importing this package makes its parts known to Detectron2's registries."""
 
 import os
-import warnings
 from typing import NoReturn
 
 # Before torch loads OpenMP: its threads spin so long while they wait that training takes several times longer as soon
@@ -17,16 +16,13 @@ if compat.prepare():  # before anything that imports Detectron2
     from . import modeling  # noqa: F401
     from .config import add_dcnv2_config, load_config
     from .data import register_bent_shapes
+    from .ops._counting import register_with_fvcore
 
     register_bent_shapes()
+    register_with_fvcore()
 else:
 
     def __getattr__(name: str) -> NoReturn:
         if name in __all__:
             raise ImportError(f"dcnv2_d2.{name} needs Detectron2, which is not installed. {compat.INSTALL_HINT}")
         raise AttributeError(f"module 'dcnv2_d2' has no attribute {name!r}")
-
-    warnings.warn(
-        f"Detectron2 is not installed; only dcnv2_d2.ops and dcnv2_d2.layers can be used. {compat.INSTALL_HINT}",
-        stacklevel=2,
-    )

@@ -10,7 +10,11 @@ import dcnv2_d2
 import pytest
 
 FOLDER = Path(dcnv2_d2.__file__).parent
-MODULES = [path for path in sorted(FOLDER.rglob("*.py")) if 'if __name__ == "__main__":' not in path.read_text()]
+MODULES = [
+    path
+    for path in sorted(FOLDER.rglob("*.py"))
+    if (path.stem == "__init__" or not path.stem.startswith("_")) and "__main__" not in path.read_text()
+]
 
 
 def run(program):

@@ -310,7 +310,9 @@ def detector_table(args):
         for row in DETECTORS
         for training in (False, True)
     }
-    medians = compare({key: lambda x, call=call: call(image=x) for key, call in calls.items()}, make_image, args.repeats)
+    medians = compare(
+        {key: lambda x, call=call: call(image=x) for key, call in calls.items()}, make_image, args.repeats
+    )
     for row in DETECTORS:
         cells = [f"{medians[row, t]:.2f} | {medians[row, t] / medians['regular', t]:.2f}" for t in (False, True)]
         print(f"| {row} | {' | '.join(cells)} |", flush=True)
@@ -321,7 +323,9 @@ def describe_processor():
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
     flags = found.get("flags", "").split()
-    extensions = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags] or ["no vector extensions known"]
+    extensions = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile") if f in flags] or [
+        "no vector extensions known"
+    ]
     family = f" (family {found['cpu family']}, model {found['model']})" if "cpu family" in found else ""
     return f"{found.get('model name', platform.processor() or platform.machine())}{family}, {', '.join(extensions)}"
 
@@ -382,7 +386,9 @@ def main():
         contestant, index, backward = args.memory_of
         print(extra_memory(contestant, int(index), backward == "1", args.threads))
         return
-    processor = torch.cuda.get_device_name() if args.device == "cuda" else f"{describe_processor()}, {args.threads} threads"
+    processor = (
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{describe_processor()}, {args.threads} threads"
+    )
     measured = "processor time" if args.clock is time.process_time else "time"
     print(f"{processor}, torch {torch.__version__}, torchvision {torchvision.__version__}, ", end="")
     print(f"medians of {args.repeats}, {measured}, {time.strftime('%Y-%m-%d')}")

@@ -53,7 +53,14 @@ def export_onnx(program: ExportedProgram, path: str, opset: int = MIN_OPSET) -> 
         dynamo=True,
         opset_version=opset,
         custom_translation_table=TRANSLATIONS,
-        output_names=["boxes", "scores", "classes", "masks"][: len(program.graph_signature.user_outputs)],
+        output_names=_output_names(program),
         external_data=False,
         verbose=False,
     )
+
+
+def _output_names(program):
+    """Of a detector; another program keeps the names that PyTorch gives."""
+    if not any(name.startswith("model.proposal_generator.") for name in program.state_dict):  # Detector's
+        return None
+    return ["boxes", "scores", "classes", "masks"][: len(program.graph_signature.user_outputs)]

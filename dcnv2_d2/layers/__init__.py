@@ -1,7 +1,14 @@
 """Modules around the operators, and the call that mixes them into any model."""
 
 from .convert import replace_convs
-from .deform_conv import DeformConv2d, ModulatedDeformConv2d
+from .deform_conv import DeformConv2d, ModulatedDeformConv2d, dcn_state_dict
 from .deform_roi_pool import DeformRoIPool, ModulatedDeformRoIPool
 
-__all__ = ["DeformConv2d", "DeformRoIPool", "ModulatedDeformConv2d", "ModulatedDeformRoIPool", "replace_convs"]
+__all__ = [
+    "DeformConv2d",
+    "DeformRoIPool",
+    "ModulatedDeformConv2d",
+    "ModulatedDeformRoIPool",
+    "dcn_state_dict",
+    "replace_convs",
+]

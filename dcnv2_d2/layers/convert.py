@@ -59,10 +59,13 @@ def replace_convs(
     for name, conv in chosen.items():
         if not isinstance(conv, DeformConv2d) and id(conv) not in layers:
             layer: DeformConv2d
-            if modulated:
-                layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
-            else:
-                layer = DeformConv2d.from_conv(conv, offset_groups=offset_groups)
+            try:
+                if modulated:
+                    layer = ModulatedDeformConv2d.from_conv(conv, offset_groups=offset_groups, mask_scale=mask_scale)
+                else:
+                    layer = DeformConv2d.from_conv(conv, offset_groups=offset_groups)
+            except ValueError as e:
+                raise ValueError(f"{name} cannot become deformable: {e}") from None
             layer.name = name
             layers[id(conv)] = layer
     replaced = {name: layers[id(conv)] for name, conv in chosen.items() if id(conv) in layers}

@@ -1,15 +1,17 @@
 """Deformable RoI pooling that predicts its own offsets (Deformable ConvNets v2, section 3.2)."""
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.utils import _pair
 
 from ..ops import deform_roi_pool
-from .statistics import record_statistics
+from .statistics import NOT_SCRIPTABLE, is_watched, record_statistics
+
+fx.wrap("deform_roi_pool")  # one call in a traced graph
 
 
 class DeformRoIPool(nn.Module):
@@ -63,10 +65,15 @@ class DeformRoIPool(nn.Module):
         # Prefix of the layer's statistics in the event storage.
         self.name = type(self).__name__
 
-    def forward(self, x: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
-        """Tensor[N, C, H, W] and boxes as deform_roi_pool takes them -> Tensor[K, C, Ph, Pw] of the map's dtype"""
+    def forward(self, x: Tensor, boxes: Tensor | Sequence[Tensor] | None) -> Tensor:
+        """Tensor[N, C, H, W] and boxes as deform_roi_pool takes them -> Tensor[K, C, Ph, Pw] of the map's dtype
+
+        Without boxes x is what a borrower pooled, Tensor[K, C, Ph, Pw], and the result is what the branch predicts.
+        """
+        if boxes is None:
+            return self._run_branch(x)
         offset, mask = self.predict(x, boxes)
-        if self.training and not torch.compiler.is_compiling():
+        if is_watched(self, x):
             # The mean offset moves a bin by the RoI's whole size.
             record_statistics(self.name, self.gamma * offset, mask, limit=1.0, unit="RoI sizes")
         # Autocast gives a half type, Detectron2's ROIPooler wants the map's.
@@ -83,17 +90,24 @@ class DeformRoIPool(nn.Module):
 
     def _predict(self, x, boxes):
         """Tensor[K, channels_per_bin, Ph, Pw]"""
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
+        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.in_channels):
             raise ValueError(f"x must be a map [N, {self.in_channels}, H, W], got {list(x.shape)}")
         owner = self.branch_owner
         pooled = self._pool(x, boxes, None, owner.output_size)
-        prediction = owner.branch(pooled.flatten(1)).unflatten(1, (self.channels_per_bin, *owner.output_size))
+        # FSDP2 gathers the parameters of a module in its call.
+        prediction = owner(pooled, None) if _is_sharded(owner) else owner._run_branch(pooled)
         if owner.output_size != self.output_size:
             prediction = F.interpolate(prediction, self.output_size)  # the nearest bin
         return prediction
 
+    def _run_branch(self, pooled):
+        return self.branch(pooled.flatten(1)).unflatten(1, (self.channels_per_bin, *self.output_size))
+
     def _pool(self, x, boxes, offset, output_size, mask=None):
         return deform_roi_pool(x, boxes, offset, output_size, self.spatial_scale, self.sampling_ratio, self.gamma, mask)
+
+    def __prepare_scriptable__(self):
+        raise NotImplementedError(NOT_SCRIPTABLE)
 
     def extra_repr(self) -> str:
         shared = "" if self.branch_from is None else ", branch of another layer"
@@ -127,11 +141,16 @@ class ModulatedDeformRoIPool(DeformRoIPool):
         self.mask_scale = mask_scale
 
     def predict(self, x: Tensor, boxes: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        offset, logits = self._predict(x, boxes).tensor_split([2], dim=1)
-        return offset, self.mask_scale * logits.sigmoid()
+        prediction = self._predict(x, boxes)
+        return prediction[:, :2], self.mask_scale * prediction[:, 2:].sigmoid()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + f", mask_scale={self.mask_scale}"
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # nothing is sharded where it was not imported
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
 
 
 def _build_branch(inputs: int, hidden_dims: Sequence[int], outputs: int) -> nn.Sequential:

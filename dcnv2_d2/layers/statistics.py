@@ -3,9 +3,22 @@
 import logging
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+NOT_SCRIPTABLE = "dcnv2_d2's layers cannot be scripted by torch.jit.script; use torch.jit.trace or torch.export"
 PERIOD = 20  # iterations: Detectron2's own writers run as often, and reading a number stalls a GPU
+
+
+def is_watched(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a forward pass is one of a training that statistics may be taken of: not one of a tracer, which has no
+    values, nor the second one that activation checkpointing makes, in the backward pass."""
+    return (
+        layer.training
+        and isinstance(x, Tensor)  # torch.fx traces with stand-ins
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and torch._C._current_graph_task_id() == -1
+    )
 
 
 @torch.no_grad()

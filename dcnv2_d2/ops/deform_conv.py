@@ -4,8 +4,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _extension
-
 
 def deform_conv2d(
     input: Tensor,
@@ -32,7 +30,8 @@ def deform_conv2d(
     Coordinates, interpolation and sums are in float32 (float64 for a float64 input). In a half type the samples may be
     rounded to it before they are multiplied with the weight, as PyTorch's own products do.
     On the CPU equal inputs give equal bits at a given number of threads. On a GPU the gradient of the input varies in
-    the last bits. Derivatives are of the first order only.
+    the last bits. Derivatives are of any order, reverse and
+    forward.
 
     Args:
         input (Tensor[N, C, H, W]): float64, float32, bfloat16 or float16, contiguous or channels_last; the result has
@@ -49,9 +48,9 @@ def deform_conv2d(
     Raises:
         ValueError: a shape, device, stride, padding or dilation does not fit.
         TypeError: a dtype does not fit.
-        RuntimeError: the compiled operators are not built.
     """
-    _extension.check()
-    return torch.ops.dcnv2_d2.deform_conv2d(
+    if offset is None:
+        raise ValueError("deform_conv2d: offset must be a tensor, got None; torch.nn.functional.conv2d needs no offset")
+    return torch.ops.dcnv2_d2.deform_conv2d.default(
         input, offset, weight, bias, mask, list(_pair(stride)), list(_pair(padding)), list(_pair(dilation))
     )

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _extension
 from .deform_roi_pool import boxes_with_batch_index
 
 
@@ -41,7 +40,8 @@ def deform_ps_roi_pool(
 
     Coordinates and sums are in float32 (float64 for a float64 input), and the result is rounded once. On the CPU equal
     inputs give equal bits at a given number of threads. On a GPU the gradients vary in the last bits.
-    A box of no image gives zeros there. Derivatives are of the first order only; boxes have none.
+    A box of no image gives zeros there. Derivatives are of any order, reverse and forward;
+    boxes have none.
 
     Args:
         input (Tensor[N, C, H, W]): float64, float32, bfloat16 or float16, contiguous or channels_last; the result has
@@ -63,10 +63,8 @@ def deform_ps_roi_pool(
     Raises:
         ValueError: a shape, device, size or scale does not fit, or, on the CPU, a batch index is not one of input's.
         TypeError: a dtype does not fit.
-        RuntimeError: the compiled operators are not built.
     """
-    _extension.check()
     boxes = boxes_with_batch_index("deform_ps_roi_pool", input, boxes)
-    return torch.ops.dcnv2_d2.deform_ps_roi_pool(
+    return torch.ops.dcnv2_d2.deform_ps_roi_pool.default(
         input, boxes, offset, mask, list(_pair(output_size)), spatial_scale, sampling_ratio, gamma, group_size
     )

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.nn.modules.utils import _pair
 
-from . import _extension
-
 
 def deform_roi_pool(
     input: Tensor,
@@ -33,7 +31,8 @@ def deform_roi_pool(
 
     Coordinates and sums are in float32 (float64 for a float64 input), and the result is rounded once. On the CPU equal
     inputs give equal bits at a given number of threads. On a GPU the gradient of the input varies in the last bits.
-    A box of no image gives zeros there. Derivatives are of the first order only; boxes have none.
+    A box of no image gives zeros there. Derivatives are of any order, reverse and forward;
+    boxes have none.
 
     Args:
         input (Tensor[N, C, H, W]): float64, float32, bfloat16 or float16, contiguous or channels_last; the result has
@@ -53,11 +52,9 @@ def deform_roi_pool(
     Raises:
         ValueError: a shape, device, size or scale does not fit, or, on the CPU, a batch index is not one of input's.
         TypeError: a dtype does not fit.
-        RuntimeError: the compiled operators are not built.
     """
-    _extension.check()
     boxes = boxes_with_batch_index("deform_roi_pool", input, boxes)
-    return torch.ops.dcnv2_d2.deform_roi_pool(
+    return torch.ops.dcnv2_d2.deform_roi_pool.default(
         input, boxes, offset, mask, list(_pair(output_size)), spatial_scale, sampling_ratio, gamma
     )
 
@@ -66,6 +63,12 @@ def boxes_with_batch_index(function: str, input: Tensor, boxes: Tensor | Sequenc
     """A list of Tensor[L, 4], one per image, as Tensor[K, 5]; a tensor as it is."""
     if isinstance(boxes, Tensor):
         return boxes
+    for b in boxes if isinstance(boxes, (list, tuple)) else [boxes]:
+        if not isinstance(b, Tensor):
+            hint = "; pass its .tensor" if hasattr(b, "tensor") else ""
+            raise TypeError(
+                f"{function}: boxes must be a tensor [K, 5] or a list of tensors [L, 4], got {type(b).__name__}{hint}"
+            )
     if len(boxes) != input.shape[0]:
         raise ValueError(f"{function}: boxes must have one tensor per image ({input.shape[0]}), got {len(boxes)}")
     for b in boxes:

@@ -118,3 +118,10 @@ def test_old_opsets_are_refused(tmp_path):
     with pytest.raises(ValueError, match="export_onnx: opset must be 19 or later, .*, got 18"):
         export_onnx(program, tmp_path / "relu.onnx", opset=18)
     assert not list(tmp_path.iterdir())
+
+
+def test_only_a_detector_s_results_are_named_so(tmp_path):
+    program = torch.export.export(nn.ReLU(), (torch.zeros(2),))
+    export_onnx(program, tmp_path / "relu.onnx")
+    (output,) = onnx.load(tmp_path / "relu.onnx").graph.output
+    assert output.name != "boxes"

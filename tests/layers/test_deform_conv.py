@@ -165,7 +165,7 @@ def test_from_conv_of_a_frozen_or_meta_or_half_convolution():
         (lambda: nn.Conv3d(4, 4, 3), {}, ["conv", "nn.Conv2d", "Conv3d"]),
         (lambda: nn.Linear(4, 4), {}, ["conv", "nn.Conv2d", "Linear"]),
         (lambda: nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), {}, ["padding_mode", "reflect"]),
-        (lambda: nn.Conv2d(4, 4, 3, padding="same"), {}, ["padding", "same"]),
+        (lambda: nn.Conv2d(4, 4, (3, 2), padding="same"), {}, ["padding", "same", "(3, 2)"]),
         (lambda: DeformConv2d(4, 4, 3), {}, ["deformable", "DeformConv2d"]),
         (lambda: ModulatedDeformConv2d(4, 4, 3), {}, ["deformable", "ModulatedDeformConv2d"]),
         (lambda: nn.Conv2d(4, 4, 3), {"offset_groups": 3}, ["offset_groups", "4", "got 3"]),

@@ -47,7 +47,9 @@ def test_host_functions_take_the_device_and_the_stream_of_the_input(source):
 def test_each_backend_has_a_namespace_of_its_own(backend):
     # Both are linked into one module, where the linker keeps one of two templates of the same name and arguments.
     for source in (SOURCES[0].parents[1] / backend).iterdir():
-        assert re.findall(r"^namespace (dcnv2\S*) {", source.read_text(), re.M) == [f"dcnv2::{backend}"], source.name
+        found = set(re.findall(r"^namespace (dcnv2\S*) {", source.read_text(), re.M))
+        # What is compiled for several instruction sets has one below it for each.
+        assert found and found <= {f"dcnv2::{backend}", "dcnv2::cpu::DCNV2_ISA"}, source.name
 
 
 @pytest.mark.skipif("CUDA" not in torch.ops.dcnv2_d2.build_info().split(", ")[-1], reason="built without CUDA")

@@ -103,17 +103,6 @@ def test_opcheck(config, memory_format, device):
     opcheck(torch.ops.dcnv2_d2.deform_conv2d.default, arguments, tolerance)
 
 
-# Not bias: its gradient is a plain sum, which PyTorch may differentiate.
-@pytest.mark.parametrize("wanted", ["input", "offset", "weight", "mask"])
-def test_second_derivatives_are_refused(wanted, device):
-    tensors, geometry = deform_conv2d_inputs(device=device)
-    leaves = requiring_grad(tensors)
-    loss = deform_conv2d(**leaves, **geometry).square().sum()
-    (gradient,) = torch.autograd.grad(loss, leaves[wanted], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)twice|double|second"):
-        gradient.sum().backward()
-
-
 # Compilation and export.
 
 

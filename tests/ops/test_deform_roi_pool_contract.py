@@ -86,16 +86,6 @@ def test_opcheck(config, memory_format, device):
 
 
 @pytest.mark.parametrize("wanted", ["input", "offset", "mask"])
-def test_second_derivatives_are_refused(wanted, device):
-    tensors, geometry = deform_roi_pool_inputs(device=device)
-    leaves = requiring_grad(tensors)
-    loss = deform_roi_pool(**leaves, **geometry).square().sum()
-    (gradient,) = torch.autograd.grad(loss, leaves[wanted], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)twice|double"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("wanted", ["input", "offset", "mask"])
 def test_a_single_gradient_on_its_own(wanted, device):
     tensors, geometry = deform_roi_pool_inputs(device=device)
     expected = run(deform_roi_pool, tensors, geometry)[wanted]
