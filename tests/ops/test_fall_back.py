@@ -16,17 +16,17 @@ from ..reference import assert_near, deform_conv2d_inputs
 from ..reference_pool import deform_roi_pool_inputs
 from ..reference_ps_pool import deform_ps_roi_pool_inputs
 
-TESTS = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def hidden(arguments):
     """Runs Python with the compiled library hidden."""
-    environment = {**os.environ, "DCNV2_D2_HIDE_LIBRARY": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS)}
-    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=TESTS)
+    environment = {**os.environ, "DCNV2_D2_HIDE_LIBRARY": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, cwd=ROOT)
 
 
 def test_schemas_are_those_of_the_library():
-    text = (TESTS.parent / "csrc" / "library.cpp").read_text()
+    text = (ROOT / "csrc" / "library.cpp").read_text()
     declared = ["".join(re.findall(r'"(.*?)"', d)) for d in re.findall(r"m\.def\((.*?)\);", text, re.DOTALL)]
     assert [d for d in declared if not d.startswith("build_info")] == list(_extension.SCHEMAS)
 
@@ -40,8 +40,10 @@ HIDDEN = (
 
 
 def test_the_operators_without_the_library():
-    files = [f"ops/test_{name}{kind}.py" for name in ops.__all__ for kind in ("", "_contract")]
-    result = hidden(["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", HIDDEN, *files, "ops/test_derivatives.py"])
+    files = [f"tests/ops/test_{name}{kind}.py" for name in ops.__all__ for kind in ("", "_contract")]
+    result = hidden(
+        ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", HIDDEN, *files, "tests/ops/test_derivatives.py"]
+    )
     passed = re.search(r"^(\d+) passed", result.stdout, re.MULTILINE)
     assert result.returncode == 0 and int(passed[1]) > 250, result.stdout[-3000:]
 
