@@ -29,6 +29,8 @@ FULL = "mask_rcnn_small_mdconv_c3-c5_mdpool_mimic"  # has every part of the pack
 NIGHTLY = bool(os.environ.get("DCNV2_NIGHTLY"))
 PROCESSES = [(n, path.stem) for n in (2, 4) for path in sorted(QUICK_START.glob("*.yaml"))] if NIGHTLY else [(2, FULL)]
 ARGUMENTS = default_argument_parser().parse_args([])
+ITERATIONS = 16 if NIGHTLY else 8  # of a run that is killed; others evaluate
+LENGTH = ["SOLVER.MAX_ITER", str(ITERATIONS), "DATASETS.TEST", "()"]
 PATIENCE = 1200  # seconds for a run that takes twenty: a nightly machine is busy
 SMALL = [
     *("DATASETS.TRAIN", "('bent_shapes_tiny_train',)", "DATASETS.TEST", "('bent_shapes_tiny_val',)"),
@@ -74,15 +76,15 @@ def data(tmp_path_factory):
 def whole(tmp_path_factory, data):
     """The folder of a run that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    finish(start(folder, data, "SOLVER.MAX_ITER", "16"))
+    finish(start(folder, data, *LENGTH))
     return folder
 
 
 @pytest.mark.parametrize("number", range(20 if NIGHTLY else 1))
 def test_a_run_killed_at_any_time_ends_with_the_same_weights(number, whole, tmp_path, data):
     """Killed up to a second after one of its checkpoints, and resumed; every other time workers load the images."""
-    steps = ("SOLVER.MAX_ITER", "16", "DATALOADER.NUM_WORKERS", str(2 * (number % 2)))
-    iteration = random.randrange(1, 14, 2)
+    steps = (*LENGTH, "DATALOADER.NUM_WORKERS", str(2 * (number % 2)))
+    iteration = random.randrange(1, ITERATIONS - 2, 2)
     killed = start(tmp_path / "killed", data, *steps)
     deadline = time.monotonic() + PATIENCE
     while not (tmp_path / "killed" / f"model_{iteration:07}.pth").is_file():
