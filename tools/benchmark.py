@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from dcnv2_d2 import model_zoo
-from dcnv2_d2.ops import deform_conv2d, deform_roi_pool
+from dcnv2_d2.ops import definitions, deform_conv2d, deform_roi_pool
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
 from detectron2.utils.events import EventStorage
@@ -266,6 +266,59 @@ def pool_table(title, args, dtype, backward):
 
 TABLES = {"deform_conv2d": conv_table, "deform_roi_pool": pool_table}
 
+
+class Definition(torch.autograd.Function):
+    """An operator's definition in plain PyTorch, as it runs where there is no kernel."""
+
+    @staticmethod
+    def forward(ctx, name, tensors, geometry, *inputs):
+        ctx.call, ctx.geometry = getattr(definitions, f"{name}_backward"), geometry
+        ctx.save_for_backward(*tensors)
+        return getattr(definitions, name)(*tensors, *geometry)
+
+    @staticmethod
+    def backward(ctx, grad):
+        tensors, geometry = ctx.saved_tensors, ctx.geometry
+        if ctx.call is definitions.deform_conv2d_backward:
+            input, offset, weight, _, mask = tensors
+            by_input, by_offset, by_weight, by_mask = ctx.call(grad, input, offset, weight, mask, *geometry, [True] * 4)
+            return None, None, None, by_input, by_offset, by_weight, grad.sum((0, 2, 3)), by_mask
+        by_input, by_offset, by_mask = ctx.call(grad, *tensors, *geometry, [True] * 3)
+        return None, None, None, by_input, None, by_offset, by_mask
+
+
+def conv_definition(row, input, offset, weight, bias, mask):
+    inputs = input, offset, weight, bias, mask
+    geometry = [row.stride] * 2, [row.dilation] * 2, [row.dilation] * 2
+    return Definition.apply("deform_conv2d", inputs, geometry, *inputs)
+
+
+def pool_definition(row, input, boxes, offset, mask):
+    inputs = input, boxes, offset, mask
+    return Definition.apply("deform_roi_pool", inputs, ([row.bins] * 2, 1 / row.stride, 2, 0.1), *inputs)
+
+
+def definition_table(args):
+    def lines():
+        for row, own, other, inputs in [
+            *((row, conv_definition, theirs, make_inputs) for row in ROWS),
+            *((row, pool_definition, pool_theirs, make_pool_inputs) for row in POOL_ROWS),
+        ]:
+            calls = {
+                (call, backward): partial(
+                    run_once, call, row, backward, args.threads, torch.contiguous_format, clock=args.clock
+                )
+                for backward in (False, True)
+                for call in (own, other)
+            }
+            times = list(compare(calls, partial(inputs, row, 1, torch.float32, "cpu"), args.repeats).values())
+            yield row.name, times, (times[1] / times[0], times[3] / times[2])
+
+    names = ["definition", "torchvision", "definition, with backward", "torchvision, with backward"]
+    title = "Definitions in plain PyTorch, float32, batch 1"
+    print_table(title, names, ["torchvision / definition", "with backward"], lines())
+
+
 DETECTORS = ["regular", "mdconv_c3-c5", "mdconv_c3-c5_mdpool"]
 
 
@@ -373,7 +426,7 @@ def main():
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
-    choices = [*TABLES, "detectors"]
+    choices = [*TABLES, "definitions", "detectors"]
     parser.add_argument("--only", nargs="+", choices=choices, default=choices, help="what to time")
     parser.add_argument(
         "--processor-time", dest="clock", action="store_const", const=time.process_time, default=time.perf_counter,
@@ -398,6 +451,8 @@ def main():
         TABLES[operator](f"{operator}, {what}, {dtype}, batch {args.batch}", args, getattr(torch, dtype), backward)
     if args.device == "cpu" and "deform_conv2d" in args.only:
         memory_table(args)
+    if args.device == "cpu" and "definitions" in args.only:
+        definition_table(args)
     if args.device == "cpu" and "detectors" in args.only:
         detector_table(args)
 
