@@ -70,7 +70,7 @@ class Trainer(DefaultTrainer):
         return DatasetEvaluators(evaluators)
 
     @classmethod
-    def test(cls, cfg: CfgNode, model: nn.Module, evaluators=None) -> dict:
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
         return super().test(cfg, with_augmentation(cfg, model), evaluators)
 
     @classmethod

@@ -12,7 +12,7 @@ from detectron2.utils import comm
 class PascalVOCEvaluator(PascalVOCDetectionEvaluator):
     """Detectron2's evaluator, which also gives AP70, and AP50 and AP70 by both of VOC's definitions."""
 
-    def evaluate(self):
+    def evaluate(self) -> dict | None:
         """
         Returns:
             {"bbox": AP, AP50, AP75 and AP70 by the definition of the data set's year (2007: precision at 11 recalls,

@@ -1,6 +1,7 @@
 """Position-sensitive RoI pooling, plain (R-FCN) and deformable (Deformable ConvNets v1, section 2.2)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ class PSRoIPool(nn.Module):
 
     def __init__(
         self, in_channels: int, out_channels: int, bins: int = 7, spatial_scale: float = 1.0, sampling_ratio: int = 4
-    ):
+    ) -> None:
         """
         Args:
             in_channels: channels of the features.
@@ -66,7 +67,7 @@ class DeformPSRoIPool(PSRoIPool):
     PSRoIPool.
     """
 
-    def __init__(self, *args, gamma: float = 0.1, classes: int = 1, **kwargs):
+    def __init__(self, *args: Any, gamma: float = 0.1, classes: int = 1, **kwargs: Any) -> None:
         """Takes the arguments of PSRoIPool, and:
 
         Args:

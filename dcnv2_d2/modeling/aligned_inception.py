@@ -2,11 +2,13 @@
 
 import torch
 import torch.nn.functional as F
-from detectron2.layers import CNNBlockBase, Conv2d, get_norm
+from detectron2.config import CfgNode
+from detectron2.layers import CNNBlockBase, Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.modeling.backbone import ResNet
 from detectron2.modeling.backbone.resnet import BasicStem
 from fvcore.nn.weight_init import c2_msra_fill
+from torch import Tensor
 
 from .backbone import ReducedC5, _deformable
 
@@ -20,7 +22,9 @@ class AlignedInceptionBlock(CNNBlockBase):
     norm, ReLU, 1x1. The first 3x3 of each branch and the projection have the stride.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, *, stride: int = 1, dilation: int = 1, norm="BN"):
+    def __init__(
+        self, in_channels: int, out_channels: int, *, stride: int = 1, dilation: int = 1, norm: str = "BN"
+    ) -> None:
         """
         Args:
             out_channels: a multiple of 8.
@@ -62,7 +66,7 @@ class AlignedInceptionBlock(CNNBlockBase):
         if in_channels != out_channels:
             self.shortcut = conv(in_channels, out_channels, 1, stride, activation=None)
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         """Tensor[N, in_channels, H, W] -> Tensor[N, out_channels, H / stride, W / stride]"""
         first = self.branch1_conv2(self.branch1_conv1(x))
         second = self.branch2_conv3(self.branch2_conv2(self.branch2_conv1(x)))
@@ -73,7 +77,7 @@ class AlignedInceptionBlock(CNNBlockBase):
         return F.relu_(self.conv(F.relu_(out)) + shortcut)
 
 
-def build_aligned_inception_resnet_backbone(cfg, input_shape):
+def build_aligned_inception_resnet_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ResNet:
     """Reads of MODEL.RESNETS: STEM_OUT_CHANNELS, RES2_OUT_CHANNELS (doubled at every stage), NORM, OUT_FEATURES and
     RES5_DILATION, which with 2 leaves res5 at stride 16; and BACKBONE.FREEZE_AT.
 
@@ -97,7 +101,7 @@ def build_aligned_inception_resnet_backbone(cfg, input_shape):
     return ResNet(stem, stages, out_features=resnets.OUT_FEATURES, freeze_at=cfg.MODEL.BACKBONE.FREEZE_AT)
 
 
-def build_aligned_inception_resnet_dc5_backbone(cfg, input_shape):
+def build_aligned_inception_resnet_dc5_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ReducedC5:
     """The same with a reduced res5, as build_dcnv2_resnet_dc5_backbone has it; reads MODEL.DCNV2.DC5_CHANNELS."""
     return ReducedC5(build_aligned_inception_resnet_backbone(cfg, input_shape), cfg.MODEL.DCNV2.DC5_CHANNELS)
 

@@ -1,14 +1,17 @@
 """The class-aware RPN of Deformable ConvNets v1 (section 4.1): a region proposal network with classes, a detector."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_backbone
 from detectron2.modeling.box_regression import Box2BoxTransform, _dense_box_regression_loss
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.meta_arch import RetinaNet
 from detectron2.modeling.sampling import subsample_labels
+from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 class ClassAwareRPNHead(nn.Module):
     """A 1x1 convolution with a ReLU, and 1x1 convolutions that predict C + 1 logits and a box for each anchor."""
 
-    def __init__(self, in_channels: int, channels: int, num_anchors: int, num_classes: int):
+    def __init__(self, in_channels: int, channels: int, num_anchors: int, num_classes: int) -> None:
         super().__init__()
         self.conv_new_1 = Conv2d(in_channels, channels, 1, activation=F.relu)
         self.cls_logits = nn.Conv2d(channels, num_anchors * (num_classes + 1), 1)
@@ -39,7 +42,9 @@ class ClassAwareRPN(RetinaNet):
     """
 
     @configurable
-    def __init__(self, *, batch_size_per_image: int, positive_fraction: float, loss_weight: dict[str, float], **kwargs):
+    def __init__(
+        self, *, batch_size_per_image: int, positive_fraction: float, loss_weight: dict[str, float], **kwargs: Any
+    ) -> None:
         """
         Args:
             batch_size_per_image, positive_fraction: of anchors that are trained on, as in Detectron2's RPN.
@@ -52,7 +57,7 @@ class ClassAwareRPN(RetinaNet):
         self.loss_weight = loss_weight
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         """Reads MODEL.RPN for anchors and boxes, MODEL.ROI_HEADS for classes and detections, MODEL.RFCN.CONV_DIM."""
         backbone, rpn, heads = build_backbone(cfg), cfg.MODEL.RPN, cfg.MODEL.ROI_HEADS
         shapes: list[ShapeSpec] = [backbone.output_shape()[name] for name in rpn.IN_FEATURES]
@@ -82,13 +87,22 @@ class ClassAwareRPN(RetinaNet):
             "input_format": cfg.INPUT.FORMAT,
         }
 
-    def forward_training(self, images, features, predictions, gt_instances):
+    def forward_training(
+        self, images: ImageList, features: list[Tensor], predictions: Any, gt_instances: list[Instances]
+    ) -> dict[str, Tensor]:
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes + 1, 4])
         anchors = self.anchor_generator(features)
         labels, boxes = self.label_anchors(anchors, gt_instances)
         return self.losses(anchors, logits, labels, deltas, boxes)
 
-    def losses(self, anchors, pred_logits, gt_labels, pred_anchor_deltas, gt_boxes):
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
         """As RetinaNet.losses, but on a sample of anchors of each image, with losses summed and divided by its size."""
         labels = torch.full_like(torch.stack(gt_labels), -1)
         for sampled, of_image in zip(labels, gt_labels, strict=True):
@@ -114,7 +128,7 @@ class ClassAwareRPN(RetinaNet):
         losses = {"loss_cls": loss_cls, "loss_box_reg": loss_box_reg}
         return {name: loss / size * self.loss_weight[name] for name, loss in losses.items()}
 
-    def forward_inference(self, images, features, predictions):
+    def forward_inference(self, images: ImageList, features: list[Tensor], predictions: Any) -> list[Instances]:
         logits, deltas = self._transpose_dense_predictions(predictions, [self.num_classes + 1, 4])
         anchors = self.anchor_generator(features)
         results = []

@@ -1,8 +1,10 @@
 """The head of DeepLab as in Deformable ConvNets v1 (section 4.1), for Detectron2's SemanticSegmentor."""
 
+from typing import Any
+
 import torch.nn.functional as F
-from detectron2.config import configurable
-from detectron2.layers import Conv2d
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
@@ -18,7 +20,7 @@ class DeepLabHead(nn.Module):
     def __init__(
         self, *, in_feature: str, in_channels: int, stride: int, channels: int, num_classes: int,
         ignore_value: int = 255, loss_weight: float = 1.0,
-    ):  # fmt: skip
+    ) -> None:  # fmt: skip
         """
         Args:
             in_feature, in_channels, stride: the map.
@@ -37,7 +39,7 @@ class DeepLabHead(nn.Module):
             nn.init.zeros_(layer.bias)
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """
         Raises:
             ValueError: MODEL.SEM_SEG_HEAD.IN_FEATURES is not one map, or COMMON_STRIDE not its stride.
@@ -64,7 +66,9 @@ class DeepLabHead(nn.Module):
             "loss_weight": head.LOSS_WEIGHT,
         }
 
-    def forward(self, features: dict[str, Tensor], targets: Tensor | None = None):
+    def forward(
+        self, features: dict[str, Tensor], targets: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """
         Args:
             features: has in_feature, Tensor[N, C, h, w].

@@ -1,5 +1,6 @@
 """The last layers of a backbone, how many are deformable, and their dilation (Tables 1 and 3 of v1)."""
 
+from detectron2.config import CfgNode
 from torch import nn
 
 from ..layers import DeformConv2d, replace_convs
@@ -7,7 +8,7 @@ from ..layers import DeformConv2d, replace_convs
 DILATED = 3  # layers whose dilation Table 3 varies
 
 
-def dilate_last(resnet: nn.Module, cfg) -> None:
+def dilate_last(resnet: nn.Module, cfg: CfgNode) -> None:
     """Gives the last three convolutions larger than 1x1 of a Detectron2 ResNet another dilation, in place.
 
     Reads MODEL.DCNV2.LAST_DILATION; 0 changes nothing.
@@ -29,7 +30,7 @@ def dilate_last(resnet: nn.Module, cfg) -> None:
         conv.padding = tuple(dilation * (size // 2) for size in conv.kernel_size)
 
 
-def deform_last(resnet: nn.Module, cfg) -> None:
+def deform_last(resnet: nn.Module, cfg: CfgNode) -> None:
     """Makes the last convolutions larger than 1x1 of a Detectron2 ResNet deformable, in place.
 
     Reads MODEL.DCNV2.DEFORM_LAST, their number, and as deform_stages MODEL.RESNETS.DEFORM_MODULATED, DEFORM_NUM_GROUPS

@@ -1,12 +1,13 @@
 """Multi-scale testing: Detectron2's, with the averaging of boxes of Deformable ConvNets v1's Table 5."""
 
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import META_ARCH_REGISTRY, GeneralizedRCNN, GeneralizedRCNNWithTTA
 from detectron2.structures import Boxes, pairwise_iou
 from torch import nn
 
 
-def check_augmentation(cfg) -> None:
+def check_augmentation(cfg: CfgNode) -> None:
     """
     Raises:
         ValueError: TEST.AUG.ENABLED for a model that is no GeneralizedRCNN, or AVERAGE_IOU is not from 0 to 1.
@@ -18,7 +19,7 @@ def check_augmentation(cfg) -> None:
         raise ValueError(f"MODEL.META_ARCHITECTURE must be a GeneralizedRCNN for TEST.AUG.ENABLED, got {kind}")
 
 
-def with_augmentation(cfg, model: nn.Module) -> nn.Module:
+def with_augmentation(cfg: CfgNode, model: nn.Module) -> nn.Module:
     """The model as TEST.AUG wants it to be tested; the model itself if TEST.AUG.ENABLED is False."""
     return AveragingTTA(cfg, model) if cfg.TEST.AUG.ENABLED else model
 

@@ -1,12 +1,14 @@
 """R-FCN: RoI heads that vote by position-sensitive pooling, plain or deformable (Deformable ConvNets v1)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from detectron2.config import configurable
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import ROI_HEADS_REGISTRY
 from detectron2.modeling.roi_heads import FastRCNNOutputLayers, ROIHeads
-from detectron2.structures import Instances
+from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
 from ..layers import DeformPSRoIPool, PSRoIPool
@@ -18,13 +20,13 @@ class VotingOutputLayers(FastRCNNOutputLayers):
     """Detectron2's losses and inference on the mean votes of an RoI's bins, in place of fully connected layers."""
 
     @configurable
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         """Takes the arguments of FastRCNNOutputLayers but input_shape."""
         super().__init__(ShapeSpec(channels=1), **kwargs)
         del self.cls_score, self.bbox_pred
 
     @classmethod
-    def from_config(cls, cfg):
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
         options = super().from_config(cfg, None)
         del options["input_shape"]
         return options
@@ -73,8 +75,8 @@ class RFCNROIHeads(ROIHeads):
         bbox_pooler: nn.Module,
         box_predictor: VotingOutputLayers,
         ohem: bool = False,
-        **kwargs,
-    ):
+        **kwargs: Any,
+    ) -> None:
         """
         Args:
             in_feature: name of the map.
@@ -101,7 +103,7 @@ class RFCNROIHeads(ROIHeads):
         self.ohem = ohem
 
     @classmethod
-    def from_config(cls, cfg, input_shape):
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         """
         Raises:
             ValueError: POOLER_TYPE is none of POOLER_TYPES, there are several maps, boxes by class, masks or keypoints.
@@ -141,7 +143,13 @@ class RFCNROIHeads(ROIHeads):
             "ohem": model.RFCN.OHEM,
         }
 
-    def forward(self, images, features, proposals, targets=None):
+    def forward(
+        self,
+        images: ImageList,
+        features: dict[str, Tensor],
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
         """See ROIHeads.forward."""
         if self.training:
             proposals = self.label_and_sample_proposals(proposals, targets)

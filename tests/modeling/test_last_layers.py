@@ -125,7 +125,5 @@ def test_errors(changes, message):
 
 @pytest.mark.parametrize("key", ["DEFORM_LAST", "LAST_DILATION"])
 def test_detectron2s_own_builders_are_refused(key):
-    with pytest.raises(
-        ValueError, match=r"NAME must be build_dcnv2_resnet_backbone for .* got build_resnet_backbone"
-    ):
+    with pytest.raises(ValueError, match=r"NAME must be build_dcnv2_resnet_backbone for .* got build_resnet_backbone"):
         check_config(make_cfg("build_resnet_backbone", **{f"DCNV2.{key}": 3}))
