@@ -15,10 +15,12 @@ __all__ = ["add_dcnv2_config", "load_config"]
 if compat.prepare():  # before anything that imports Detectron2
     from . import modeling  # noqa: F401
     from .config import add_dcnv2_config, load_config
-    from .data import register_bent_shapes
+    from .data import register_bent_shapes, register_label_maps, register_voc_sem_seg
     from .ops._counting import register_with_fvcore
 
     register_bent_shapes()
+    register_label_maps()
+    register_voc_sem_seg()
     register_with_fvcore()
 else:
 

@@ -121,9 +121,12 @@ def by_module(cfg: CfgNode, counts: dict[str, float], depth: int) -> str:
 
 
 def published() -> dict[str, dict[str, str]]:
-    """Rows of configs/published.csv that have parameters or FLOPs, by the config's name."""
-    with open(get_config_file("published.csv")) as file:
-        return {row["config"]: row for row in csv.DictReader(file) if row["params"] or row["gflops"]}
+    """Rows of the files published.csv that have parameters or FLOPs, by the config's name."""
+    figures = {}
+    for name in ("published.csv", "dcnv1/published.csv"):
+        with open(get_config_file(name)) as file:
+            figures |= {row["config"]: row for row in csv.DictReader(file) if row["params"] or row.get("gflops")}
+    return figures
 
 
 def table(rows: list[tuple[str, int, float]]) -> str:

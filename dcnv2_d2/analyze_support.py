@@ -3,6 +3,7 @@
 python -m dcnv2_d2.analyze_support --config-file CONFIG --input a.jpg --at 60,45 --opts MODEL.WEIGHTS model_final.pth
 python -m dcnv2_d2.analyze_support --runs regular=output/regular DCNv2=output/quick_start
 python -m dcnv2_d2.analyze_support --runs DCNv2=output/quick_start --dilation
+python -m dcnv2_d2.analyze_support --runs R-FCN=output/quick_start_rfcn_dconv_dpool --first-paper
 
 Nodes are positions of conv5 (--at) and RoIs (--box), or, without either, chosen by the detections of the last model.
 See docs/analysis.md.
@@ -14,9 +15,9 @@ import time
 from pathlib import Path
 
 import torch
-from detectron2.data import DatasetMapper
+from detectron2.data import DatasetMapper, MetadataCatalog
 from detectron2.data import transforms as T
-from detectron2.data.detection_utils import read_image
+from detectron2.data.detection_utils import convert_image_to_rgb, read_image
 from detectron2.modeling import build_model
 from detectron2.utils.logger import setup_logger
 from tqdm import tqdm
@@ -24,11 +25,13 @@ from tqdm import tqdm
 from .analysis import BackboneNode, RoINode, choose_nodes, effective_dilation, find_support
 from .analysis.dilation import AREAS
 from .analysis.figures import INSTRUMENTS, draw_supports
+from .analysis.first_paper import draw_bins, draw_samples, position_sensitive_bins, stacked_samples
 from .analysis.locations import LAYERS
 from .analysis.saliency import BOUND, LEVELS
 from .checkpoint import Checkpointer
 from .config import load_config, require_weights
 from .data.catalog import get_records
+from .modeling.rfcn import RFCNROIHeads
 
 logger = logging.getLogger("dcnv2_d2.analyze_support")
 
@@ -84,6 +87,10 @@ def parse_args():
     parser.add_argument(
         "--areas", type=float, nargs=2, default=AREAS, help="of the largest small and medium box, for --dilation"
     )
+    parser.add_argument(
+        "--first-paper", action="store_true",
+        help="instead of instruments: samples of three stacked layers and, of R-FCN, bins, as Figures 6 and 7 of v1",
+    )  # fmt: skip
     parser.add_argument("--rows", nargs="+", choices=INSTRUMENTS, default=INSTRUMENTS, help="of the figure")
     parser.add_argument("--output", type=Path, default=Path("output/analysis"))
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="config changes for all models")
@@ -162,6 +169,31 @@ def analyze(args, models, path):
         logger.info("Picture: %s", figure)
 
 
+def first_paper(args, models, path):
+    for name, (cfg, model) in models.items():
+        image, _ = read(cfg, path)
+        picture = convert_image_to_rgb(image.permute(1, 2, 0), cfg.INPUT.FORMAT)
+        nodes = {title: pair[0] for title, pair in choose_nodes(model, image, args.score).items()}
+        written = args.output / f"{path.stem}_samples_{name}.png"
+        draw_samples(written, picture, nodes, stacked_samples(model, image, nodes))
+        logger.info("Picture: %s", written)
+        if isinstance(getattr(model, "roi_heads", None), RFCNROIHeads):
+            found = detect(model, image, args.score)
+            names = MetadataCatalog.get(cfg.DATASETS.TEST[0]).thing_classes
+            titles = [f"{names[c]} {s:.0%}" for c, s in zip(found.pred_classes, found.scores, strict=True)]
+            bins = position_sensitive_bins(model, image, found.pred_boxes.tensor, found.pred_classes)
+            written = args.output / f"{path.stem}_bins_{name}.png"
+            draw_bins(written, picture, titles, *bins)
+            logger.info("Picture: %s", written)
+
+
+def detect(model, image, score, most=4):
+    """The instances of an image as the model takes it, in its own pixels, with at least a score; the best `most`."""
+    with torch.no_grad():
+        found = model([{"image": image, "height": image.shape[1], "width": image.shape[2]}])[0]["instances"]
+    return found[found.scores >= score][:most]
+
+
 def dilation(args, models):
     for name, (cfg, model) in models.items():
         records = get_records(cfg.DATASETS.TEST[0])[: args.dilation]
@@ -186,7 +218,7 @@ def main():
             dilation(args, models)
             return
         for path in args.input or [test_image(next(iter(models.values()))[0], args.index)]:
-            analyze(args, models, path)
+            (first_paper if args.first_paper else analyze)(args, models, path)
     except ValueError as error:
         raise SystemExit(str(error)) from error
 

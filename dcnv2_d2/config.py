@@ -20,6 +20,7 @@ from .data import register_files
 from .modeling.backbone import DETECTRON2_BUILDERS
 from .modeling.meta_arch import MimickingRCNN
 from .modeling.mimicking import Mimicking
+from .modeling.multi_scale import check_augmentation
 from .modeling.poolers import LAYERS as POOLER_LAYERS
 from .modeling.roi_heads import DeformPoolers
 
@@ -51,6 +52,17 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     cfg.MODEL.DCNV2.MDPOOL_FC_DIMS = [1024, 1024]
     cfg.MODEL.DCNV2.POOL_SHARED = False
     cfg.MODEL.DCNV2.POOL_GAMMA = 0.1
+    # Instead of whole stages: how many 3x3 convolutions, counted from the last one, are deformable (v1's Table 1: 0, 1,
+    # 2, 3, 6), and the dilation of the last three (v1's Table 3: 4, 6, 8; 0: as the builder makes them).
+    cfg.MODEL.DCNV2.DEFORM_LAST = 0
+    cfg.MODEL.DCNV2.LAST_DILATION = 0
+    # Whether the convolutions that predict offsets have the dilation of theirs; not so in the authors' DeepLab.
+    cfg.MODEL.DCNV2.OFFSET_DILATION = True
+    # R-FCN (v1's section 3.2): channels of its 1x1 convolution after conv5, which the class-aware RPN has too, and
+    # whether ROI_HEADS.BATCH_SIZE_PER_IMAGE counts the proposals with the greatest losses (OHEM) or random ones.
+    cfg.MODEL.RFCN = CfgNode()
+    cfg.MODEL.RFCN.CONV_DIM = 1024
+    cfg.MODEL.RFCN.OHEM = False
     # R-CNN feature mimicking (section 3.3), for MODEL.META_ARCHITECTURE MimickingRCNN
     cfg.MODEL.MIMIC = CfgNode()
     # Which RoIs are in Omega: fg (the paper's choice), bg or both (Table 3), and how many of an image at most (32).
@@ -66,8 +78,12 @@ def add_dcnv2_config(cfg: CfgNode) -> None:
     # For less memory: crops in one pass through the network (0: all), and whether backward computes them again.
     cfg.MODEL.MIMIC.CHUNK = 0
     cfg.MODEL.MIMIC.CHECKPOINTING = False
+    # Multi-scale testing (TEST.AUG): a kept box becomes the mean of the boxes that overlap it so much; 0: it stays.
+    cfg.TEST.AUG.AVERAGE_IOU = 0.0
     # SGD (Detectron2's) or ADAMW, with SOLVER.BASE_LR and SOLVER.WEIGHT_DECAY.
     cfg.SOLVER.OPTIMIZER = "SGD"
+    # [[regular expression, factor], ...]: learning rate of the parameters whose names it finds, relative to the rest.
+    cfg.SOLVER.LR_FACTORS = []
 
 
 def get_config_file(config_path: str) -> str:
@@ -162,6 +178,7 @@ def check_config(cfg: CfgNode) -> None:
         ValueError: names the key, what it must be and what it is.
     """
     _check_backbone(cfg.MODEL)
+    check_augmentation(cfg)
     meta_arch = META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
     if issubclass(meta_arch, GeneralizedRCNN):
         _check_heads(cfg.MODEL, meta_arch)
@@ -169,9 +186,14 @@ def check_config(cfg: CfgNode) -> None:
 
 def _check_backbone(model: CfgNode) -> None:
     """Detectron2's own deformable layers are CUDA code in its compiled part."""
-    if BACKBONE_REGISTRY.get(model.BACKBONE.NAME) not in DETECTRON2_BUILDERS or not any(
-        model.RESNETS.DEFORM_ON_PER_STAGE
-    ):
+    if BACKBONE_REGISTRY.get(model.BACKBONE.NAME) not in DETECTRON2_BUILDERS:
+        return
+    if model.DCNV2.DEFORM_LAST or model.DCNV2.LAST_DILATION:
+        raise ValueError(
+            f"MODEL.BACKBONE.NAME must be {model.BACKBONE.NAME.replace('build_', 'build_dcnv2_', 1)} for "
+            f"MODEL.DCNV2.DEFORM_LAST and LAST_DILATION, got {model.BACKBONE.NAME}"
+        )
+    if not any(model.RESNETS.DEFORM_ON_PER_STAGE):
         return
     if not compat.has_compiled_part():
         reason = "this Detectron2 has no compiled part"

@@ -32,6 +32,8 @@ from . import compat
 from .checkpoint import Checkpointer
 from .data.catalog import forget
 from .data.stream import TrainingStream, seed_by
+from .evaluation import PascalVOCEvaluator
+from .modeling.multi_scale import with_augmentation
 from .solver import build_optimizer
 
 logger = logging.getLogger(__name__)
@@ -51,19 +53,25 @@ class Trainer(DefaultTrainer):
         folder = output_folder or str(Path(cfg.OUTPUT_DIR) / "inference")
         kind = MetadataCatalog.get(dataset_name).get("evaluator_type", None)
         evaluators = []
-        if kind in ("sem_seg", "coco_panoptic_seg"):
+        if kind in ("sem_seg", "cityscapes_sem_seg", "coco_panoptic_seg"):
             evaluators.append(SemSegEvaluator(dataset_name, output_dir=folder))
         if kind in ("coco", "coco_panoptic_seg"):
             fast = compat.has_fast_coco_eval()
             evaluators.append(COCOEvaluator(dataset_name, output_dir=folder, use_fast_impl=fast))
+        if kind == "pascal_voc":
+            evaluators.append(PascalVOCEvaluator(dataset_name))
         if kind == "coco_panoptic_seg":
             evaluators.append(COCOPanopticEvaluator(dataset_name, folder))
         if not evaluators:
             raise NotImplementedError(  # after which Detectron2 continues without an evaluation
-                f"DATASETS.TEST: {dataset_name} must have the evaluator_type coco, sem_seg or coco_panoptic_seg, "
-                f"got {kind!r}"
+                f"DATASETS.TEST: {dataset_name} must have the evaluator_type coco, pascal_voc, sem_seg, "
+                f"cityscapes_sem_seg or coco_panoptic_seg, got {kind!r}"
             )
         return DatasetEvaluators(evaluators)
+
+    @classmethod
+    def test(cls, cfg: CfgNode, model: nn.Module, evaluators: list | None = None) -> dict:
+        return super().test(cfg, with_augmentation(cfg, model), evaluators)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:

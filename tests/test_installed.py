@@ -287,4 +287,6 @@ def test_quick_start_configs_build(path):
     assert bool(layers) == ("dconv" in path.stem) and bool(modulated) == ("mdconv" in path.stem)
     assert len(modulated) in (0, len(layers))
     metadata = [MetadataCatalog.get(name) for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)]
-    assert metadata and all(len(m.thing_classes) == cfg.MODEL.ROI_HEADS.NUM_CLASSES for m in metadata)
+    segments = cfg.MODEL.META_ARCHITECTURE == "SemanticSegmentor"
+    names, head = ("stuff_classes", "SEM_SEG_HEAD") if segments else ("thing_classes", "ROI_HEADS")
+    assert metadata and all(len(m.get(names)) == cfg.MODEL[head].NUM_CLASSES for m in metadata)

@@ -168,3 +168,39 @@ def test_schedule_keeps_the_factor():
         assert rates["1.conv_offset.weight"] == pytest.approx(0.1 * rates["3.weight"])
         scheduler.step()
     assert len(seen) > 4
+
+
+def test_factors_by_name_are_multiplied():
+    """Also with that of the prediction layers, and with Detectron2's of biases."""
+    model = make_model()
+    factors = [[r"^1\.", 3.0], [r"conv_offset\.weight", 0.5], ["^3", 2.0]]
+    cfg = make_cfg(SOLVER__LR_FACTORS=factors, SOLVER__BIAS_LR_FACTOR=10.0, MODEL__DCNV2__OFFSET_LR_FACTOR=0.1)
+    rates = {name: rate / BASE_LR for name, rate in options(build_optimizer(cfg, model), model, "lr").items()}
+    assert rates == {
+        "1.weight": pytest.approx(3.0),
+        "1.bias": pytest.approx(30.0),
+        "1.conv_offset.weight": pytest.approx(0.15),
+        "1.conv_offset.bias": pytest.approx(3.0),
+        "1.norm.weight": pytest.approx(3.0),
+        "1.norm.bias": pytest.approx(30.0),
+        "2.0.weight": pytest.approx(1.0),
+        "2.0.bias": pytest.approx(10.0),
+        "2.0.conv_offset.weight": pytest.approx(0.05),
+        "2.0.conv_offset.bias": pytest.approx(1.0),
+        "2.1.weight": pytest.approx(1.0),
+        "2.1.bias": pytest.approx(10.0),
+        "3.weight": pytest.approx(2.0),
+        "3.bias": pytest.approx(20.0),
+    }
+
+
+@pytest.mark.parametrize(
+    "factors, message",
+    [
+        ([["no_such_layer", 2.0]], "LR_FACTORS must find parameters of the model, got 'no_such_layer'"),
+        ([["weight", -1.0]], "LR_FACTORS must not be negative, got -1.0 for 'weight'"),
+    ],
+)
+def test_bad_factors_by_name(factors, message):
+    with pytest.raises(ValueError, match=message):
+        build_optimizer(make_cfg(SOLVER__LR_FACTORS=factors), make_model())

@@ -72,9 +72,10 @@ def _caught(problems: Iterator[str]) -> Iterator[str]:
 
 
 def _class_problems(cfg: CfgNode, classes: dict[str, Sequence[str]]) -> Iterator[str]:
-    node = "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+    kind = cfg.MODEL.META_ARCHITECTURE
+    node = "RETINANET" if kind == "RetinaNet" else "ROI_HEADS"
     expected = cfg.MODEL[node].NUM_CLASSES
-    if node == "ROI_HEADS" and not issubclass(META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE), GeneralizedRCNN):
+    if kind not in ("RetinaNet", "ClassAwareRPN") and not issubclass(META_ARCH_REGISTRY.get(kind), GeneralizedRCNN):
         return  # a model of the user's own, with its own key
     first = next((name for name, own in classes.items() if own), "")
     for name, own in classes.items():

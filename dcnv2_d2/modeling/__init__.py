@@ -1,3 +1,13 @@
 """What Detectron2's registries hold; importing it registers everything."""
 
-from . import backbone, convs, mask_head, meta_arch, roi_heads  # noqa: F401
+from . import (  # noqa: F401
+    aligned_inception,
+    backbone,
+    class_aware_rpn,
+    convs,
+    deeplab,
+    mask_head,
+    meta_arch,
+    rfcn,
+    roi_heads,
+)

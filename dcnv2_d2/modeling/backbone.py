@@ -15,6 +15,7 @@ from fvcore.nn.weight_init import c2_xavier_fill
 from torch import Tensor, nn
 
 from ..layers import replace_convs
+from .last_layers import deform_last, dilate_last
 
 # Those of Detectron2 that read MODEL.RESNETS.DEFORM_ON_PER_STAGE
 DETECTRON2_BUILDERS = (build_resnet_backbone, build_resnet_fpn_backbone, build_retinanet_resnet_fpn_backbone)
@@ -76,7 +77,10 @@ def _deformable(build: Callable[[CfgNode, ShapeSpec], Backbone]) -> Callable[[Cf
         plain.defrost()
         plain.MODEL.RESNETS.DEFORM_ON_PER_STAGE = [False] * len(STAGES)  # Detectron2's own layers need its extension
         backbone = build(plain, input_shape)
-        deform_stages(getattr(backbone, "bottom_up", backbone), cfg)
+        resnet = getattr(backbone, "bottom_up", backbone)
+        dilate_last(resnet, cfg)
+        deform_stages(resnet, cfg)
+        deform_last(resnet, cfg)
         return backbone
 
     build_deformable.__name__ = build.__name__.replace("build_", "build_dcnv2_", 1)

@@ -91,6 +91,8 @@ def test_classes(make):
     assert f"{name}: its classes (nut, bolt) are not those of {renamed} (nut, screw)" in message(config(name, renamed))
     retinanet = ["MODEL.META_ARCHITECTURE", "RetinaNet", "MODEL.RETINANET.NUM_CLASSES", "3"]
     assert "but MODEL.RETINANET.NUM_CLASSES is 3" in message(config(name, name, 80, *retinanet))
+    class_aware = ["MODEL.META_ARCHITECTURE", "ClassAwareRPN"]
+    assert "but MODEL.ROI_HEADS.NUM_CLASSES is 80" in message(config(name, name, 80, *class_aware))
 
 
 def test_missing_images(make):

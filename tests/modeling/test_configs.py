@@ -12,7 +12,11 @@ from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils.events import EventStorage
 from torchvision.ops import RoIPool
 
-LEAVES = sorted(p for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base"))
+# test_dcnv1_configs.py has those of the first paper
+FIRST_PAPER = re.compile(r"/dcnv1/|/(rfcn|rpn|deeplab)_")
+LEAVES = sorted(
+    p for p in CONFIGS.rglob("*.yaml") if not p.name.startswith("Base") and not FIRST_PAPER.search(p.as_posix())
+)
 # Fewer channels, the same layers; those of quick_start are small as they are.
 SMALL = [
     *("MODEL.RESNETS.STEM_OUT_CHANNELS", 8, "MODEL.RESNETS.RES2_OUT_CHANNELS", 32, "MODEL.FPN.OUT_CHANNELS", 16),
