@@ -122,7 +122,7 @@ def by_module(cfg: CfgNode, counts: dict[str, float], depth: int) -> str:
 
 def published() -> dict[str, dict[str, str]]:
     """Rows of the files published.csv that have parameters or FLOPs, by the config's name."""
-    figures = {}
+    figures: dict[str, dict[str, str]] = {}
     for name in ("published.csv", "dcnv1/published.csv"):
         with open(get_config_file(name)) as file:
             figures |= {row["config"]: row for row in csv.DictReader(file) if row["params"] or row.get("gflops")}

@@ -1,16 +1,17 @@
 """Figures 6 and 7 of Deformable ConvNets v1: samples of stacked layers, and bins of position-sensitive RoI pooling."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..layers import DeformPSRoIPool
 from ..modeling.rfcn import RFCNROIHeads
-from .nodes import BackboneNode, evaluation, preprocess
+from .nodes import BackboneNode, Model, evaluation, preprocess
 from .sampling import record_sampling, sampling_points
 
 LEVELS = 3  # of stacked layers: 9, 81, 729 samples for 3x3 kernels
@@ -19,7 +20,7 @@ NODE, PLAIN, MOVED = "#39ff14", "yellow", "red"
 
 
 @torch.no_grad()
-def stacked_samples(model: nn.Module, image: Tensor, nodes: dict[str, BackboneNode]) -> dict[str, Tensor]:
+def stacked_samples(model: Model, image: Tensor, nodes: dict[str, BackboneNode]) -> dict[str, Tensor]:
     """The samples of the last three deformable layers of a backbone below each node, as in Figure 6.
 
     Args:
@@ -43,7 +44,7 @@ def stacked_samples(model: nn.Module, image: Tensor, nodes: dict[str, BackboneNo
 
 
 @torch.no_grad()
-def position_sensitive_bins(model: nn.Module, image: Tensor, boxes: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
+def position_sensitive_bins(model: Model, image: Tensor, boxes: Tensor, classes: Tensor) -> tuple[Tensor, Tensor]:
     """Where R-FCN pools the scores of the classes of RoIs from, without its offsets and with them, as in Figure 7.
 
     Args:
@@ -80,7 +81,8 @@ def position_sensitive_bins(model: nn.Module, image: Tensor, boxes: Tensor, clas
             offset = pooler.predict(heads.conv_new_1(features[heads.in_feature]), [boxes])
         own = offset.view(count, -1, 2, bins * bins)[torch.arange(count), classes.to(offset.device)]
         moved = plain + pooler.gamma * own.transpose(1, 2) * size[:, None]
-    return tuple(torch.cat([p, p + size[:, None] / bins], dim=2).cpu() for p in (plain, moved))
+    before, after = (torch.cat([p, p + size[:, None] / bins], dim=2).cpu() for p in (plain, moved))
+    return before, after
 
 
 def draw_samples(path: Path, image: np.ndarray, nodes: dict[str, BackboneNode], samples: dict[str, Tensor]) -> None:
@@ -118,7 +120,7 @@ def draw_bins(path: Path, image: np.ndarray, titles: list[str], plain: Tensor, m
     figure.savefig(path, dpi=100)
 
 
-def _panels(image: np.ndarray, count: int):
+def _panels(image: np.ndarray, count: int) -> Any:
     height = PANEL * image.shape[0] / image.shape[1] + 0.3
     figure = Figure(figsize=(PANEL * count, height), layout="constrained")
     panels = figure.subplots(1, count, squeeze=False)[0]

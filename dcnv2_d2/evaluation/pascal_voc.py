@@ -22,7 +22,7 @@ class PascalVOCEvaluator(PascalVOCDetectionEvaluator):
         gathered = comm.gather(self._predictions, dst=0)
         if results is None:
             return None
-        found = {"11point": {50: [], 70: []}, "area": {50: [], 70: []}}
+        found: dict[str, dict[int, list[float]]] = {"11point": {50: [], 70: []}, "area": {50: [], 70: []}}
         with tempfile.TemporaryDirectory() as folder:
             template = str(Path(folder) / "{}.txt")
             for i, name in enumerate(self._class_names):

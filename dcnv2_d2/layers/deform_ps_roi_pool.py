@@ -41,7 +41,7 @@ class PSRoIPool(nn.Module):
         self.sampling_ratio = sampling_ratio
         self.conv = nn.Conv2d(in_channels, out_channels * bins**2, 1)
         nn.init.normal_(self.conv.weight, std=0.01)
-        nn.init.zeros_(self.conv.bias)
+        nn.init.zeros_(self.conv.get_parameter("bias"))
 
     def forward(self, x: Tensor, boxes: Tensor | Sequence[Tensor]) -> Tensor:
         """Tensor[N, C, H, W] and boxes as deform_ps_roi_pool takes them -> Tensor[K, out_channels, bins, bins]"""
@@ -83,8 +83,8 @@ class DeformPSRoIPool(PSRoIPool):
             raise ValueError(f"DeformPSRoIPool: classes must divide out_channels ({self.out_channels}), got {classes}")
         self.gamma = gamma
         self.conv_offset = nn.Conv2d(self.conv.in_channels, 2 * classes * self.bins**2, 1)
-        nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        for p in self.conv_offset.parameters():
+            nn.init.zeros_(p)
         # Prefix of the layer's statistics in the event storage.
         self.name = type(self).__name__
 

@@ -25,8 +25,8 @@ class ClassAwareRPNHead(nn.Module):
         self.cls_logits = nn.Conv2d(channels, num_anchors * (num_classes + 1), 1)
         self.anchor_deltas = nn.Conv2d(channels, num_anchors * 4, 1)
         for layer in self.children():
-            nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.normal_(layer.get_parameter("weight"), std=0.01)
+            nn.init.zeros_(layer.get_parameter("bias"))
 
     def forward(self, features: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Tensor[N, C_in, H, W] of each -> logits Tensor[N, A * (C + 1), H, W], deltas Tensor[N, A * 4, H, W]"""

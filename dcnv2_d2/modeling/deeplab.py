@@ -36,7 +36,7 @@ class DeepLabHead(nn.Module):
         self.score = nn.Conv2d(channels, num_classes, 1)
         for layer in (self.fc6, self.score):
             nn.init.normal_(layer.weight, std=0.01)
-            nn.init.zeros_(layer.bias)
+            nn.init.zeros_(layer.get_parameter("bias"))
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -79,7 +79,7 @@ class DeepLabHead(nn.Module):
         """
         logits = self.score(self.fc6(features[self.in_feature])).float()
         logits = F.interpolate(logits, scale_factor=self.stride, mode="bilinear", align_corners=False)
-        if not self.training:
+        if not self.training or targets is None:
             return logits, {}
         logits = logits[:, :, : targets.shape[1], : targets.shape[2]]
         loss = F.cross_entropy(logits, targets, ignore_index=self.ignore_value, reduction="sum")

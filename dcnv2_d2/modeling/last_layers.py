@@ -1,5 +1,7 @@
 """The last layers of a backbone, how many are deformable, and their dilation (Tables 1 and 3 of v1)."""
 
+from typing import Any
+
 from detectron2.config import CfgNode
 from torch import nn
 
@@ -20,7 +22,7 @@ def dilate_last(resnet: nn.Module, cfg: CfgNode) -> None:
     if not dilation:
         return
     for name in _last(resnet, "LAST_DILATION", dilation, DILATED, cfg):
-        conv = resnet.get_submodule(name)
+        conv: Any = resnet.get_submodule(name)
         if conv.stride != (1, 1):
             raise ValueError(
                 f"MODEL.DCNV2.LAST_DILATION changes {name}, which must have a stride of 1 "
@@ -62,7 +64,7 @@ def deform_last(resnet: nn.Module, cfg: CfgNode) -> None:
                 layer.conv_offset.padding = tuple(size // 2 for size in layer.kernel_size)
 
 
-def _last(resnet, key: str, value: int, count: int, cfg) -> list[str]:
+def _last(resnet: nn.Module, key: str, value: int, count: int, cfg: CfgNode) -> list[str]:
     """Names of the last `count` convolutions larger than 1x1 of the stages."""
     names = [
         name

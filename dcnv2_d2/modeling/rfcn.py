@@ -33,7 +33,8 @@ class VotingOutputLayers(FastRCNNOutputLayers):
 
     def forward(self, votes: Tensor) -> tuple[Tensor, Tensor]:
         """Tensor[R, C + 1 + 4, bins, bins] -> logits Tensor[R, C + 1] and deltas Tensor[R, 4], in float32"""
-        return votes.float().mean((2, 3)).tensor_split([self.num_classes + 1], dim=1)
+        scores = votes.float().mean((2, 3))
+        return scores[:, : self.num_classes + 1], scores[:, self.num_classes + 1 :]
 
     def hardness(self, predictions: tuple[Tensor, Tensor], proposals: list[Instances]) -> Tensor:
         """Tensor[R]: the losses of each RoI, cross-entropy and smooth L1 of its box, weighted, without a gradient.
@@ -130,10 +131,9 @@ class RFCNROIHeads(ROIHeads):
             if head.POOLER_TYPE == "PSRoIPool":
                 poolers[name] = PSRoIPool(channels, outputs, *options)
             else:
-                poolers[name] = DeformPSRoIPool(
-                    channels, outputs, *options, gamma=model.DCNV2.POOL_GAMMA, classes=groups
-                )
-                poolers[name].name = name
+                pooler = DeformPSRoIPool(channels, outputs, *options, gamma=model.DCNV2.POOL_GAMMA, classes=groups)
+                pooler.name = name
+                poolers[name] = pooler
         return {
             **super().from_config(cfg),
             **poolers,
