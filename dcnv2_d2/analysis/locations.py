@@ -1,6 +1,8 @@
 """The effective sampling and bin locations of a node (Deformable ConvNets v2, section 2)."""
 
+import copy
 import re
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -153,7 +155,9 @@ def _watch(model: nn.Module, pattern: str) -> Iterator[list[_Seen]]:
 def _deformable_twin(layer: nn.Module, x: Tensor) -> nn.Module:
     """A new deformable layer, which has no offsets yet, that computes what a regular one does."""
     if isinstance(layer, nn.Conv2d):
-        return DeformConv2d.from_conv(layer)
+        bare = copy.copy(layer)  # shares its parameters, but not the hooks that watch it, which from_conv refuses
+        bare._forward_hooks, bare._forward_pre_hooks = OrderedDict(), OrderedDict()
+        return DeformConv2d.from_conv(bare)
     if not (isinstance(layer, ROIAlign) and layer.aligned):
         kind = "ROIAlign with aligned=False" if isinstance(layer, ROIAlign) else type(layer).__name__
         raise ValueError(f"model: the pooler must be ROIAlignV2 or a deformable one for bins to be located, got {kind}")
