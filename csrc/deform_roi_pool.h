@@ -71,23 +71,29 @@ struct BoxAxis {
   }
 };
 
+// The rows (`is_y`) or the columns of the bin (ph, pw).
+template <typename scalar_t>
+DCNV2_HOST_DEVICE PoolAxis<scalar_t> locate_axis(
+    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t ph, int64_t pw,
+    int64_t /* class */, bool is_y) {
+  const scalar_t* box = p.boxes + k * 5;
+  const scalar_t gamma = static_cast<scalar_t>(s.gamma);
+  const int64_t bins = is_y ? s.pooled_h : s.pooled_w;
+  const BoxAxis<scalar_t> axis(
+      box[is_y ? 2 : 1], box[is_y ? 4 : 3], static_cast<scalar_t>(s.spatial_scale), s.sampling_ratio, bins);
+  const int64_t index = (2 * k + is_y) * s.bins() + ph * s.pooled_w + pw;
+  return {
+      axis.bin(is_y ? ph : pw, bins, gamma * p.offset_at(index), is_y ? s.height : s.width),
+      static_cast<int64_t>(box[0]), index, gamma * axis.size, axis.grid};
+}
+
 template <typename scalar_t>
 DCNV2_HOST_DEVICE PoolBin<scalar_t> locate_bin(
-    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t /* class */) {
-  const scalar_t* box = p.boxes + k * 5;
-  const scalar_t scale = static_cast<scalar_t>(s.spatial_scale), gamma = static_cast<scalar_t>(s.gamma);
-  const BoxAxis<scalar_t> x(box[1], box[3], scale, s.sampling_ratio, s.pooled_w);
-  const BoxAxis<scalar_t> y(box[2], box[4], scale, s.sampling_ratio, s.pooled_h);
-  const int64_t index = 2 * k * s.bins() + bin;
-  const scalar_t samples = y.grid * x.grid;
-  return {
-      static_cast<int64_t>(box[0]),
-      index,
-      gamma * y.size,
-      gamma * x.size,
-      y.bin(bin / s.pooled_w, s.pooled_h, gamma * p.offset_at(index + s.bins()), s.height),
-      x.bin(bin % s.pooled_w, s.pooled_w, gamma * p.offset_at(index), s.width),
-      samples > 1 ? samples : scalar_t(1)};
+    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t c) {
+  const int64_t ph = bin / s.pooled_w, pw = bin % s.pooled_w;
+  const PoolAxis<scalar_t> y = locate_axis(s, p, k, ph, pw, c, true), x = locate_axis(s, p, k, ph, pw, c, false);
+  const scalar_t samples = y.samples * x.samples;
+  return {x.plane, x.offset_index, y.move, x.move, y.axis, x.axis, samples > 1 ? samples : scalar_t(1)};
 }
 
 }  // namespace dcnv2

@@ -53,7 +53,16 @@ struct BinAxis {
   DCNV2_HOST_DEVICE scalar_t at(int64_t i) const { return start + scalar_t(i) * step; }
 };
 
-// One bin, for the channels of one class (which share their offsets).
+// One axis of one bin, for the channels of one class (which share their offsets), as locate_axis finds it.
+template <typename scalar_t>
+struct PoolAxis {
+  BinAxis<scalar_t> axis;
+  int64_t plane, offset_index;  // of the map; where the offset of this axis lies
+  scalar_t move;                // how far an offset of 1 moves the bin, in pixels
+  scalar_t samples;             // as PoolBin's, of this axis alone
+};
+
+// One bin, for the channels of one class.
 template <typename scalar_t>
 struct PoolBin {
   int64_t plane;            // of the map
@@ -86,7 +95,7 @@ struct PoolArguments {
 // A pixel that samples of one axis touch, with the sum of their weights and the derivative of that sum.
 template <typename scalar_t>
 struct StencilEntry {
-  int64_t pixel;
+  int32_t pixel;
   scalar_t weight, slope;
 };
 
@@ -114,7 +123,7 @@ struct AxisStencil {
   }
 
  private:
-  DCNV2_HOST_DEVICE void add(int64_t pixel, scalar_t weight, scalar_t slope) {
+  DCNV2_HOST_DEVICE void add(int32_t pixel, scalar_t weight, scalar_t slope) {
     const int64_t count = static_cast<int64_t>(entries.size());
     for (int64_t i = count - 1; i >= 0 && i >= count - 2; --i) {
       if (entries[i].pixel != pixel) continue;

@@ -11,6 +11,7 @@
 #include <c10/util/Half.h>
 
 #include <cstdint>
+#include <cstring>
 #include <limits>
 #include <type_traits>
 
@@ -44,11 +45,36 @@ struct alignas(sizeof(scalar_t) * vec) Vector {
   scalar_t at[vec];
 };
 
+// As it lies in memory: what is read in whole words can wait for its use, where single halves would be unpacked, and so
+// waited for, at once.
+template <int vec, typename scalar_t>
+using Raw = std::conditional_t<
+    vec * sizeof(scalar_t) % 4 == 0, Vector<uint32_t, (vec * sizeof(scalar_t) + 3) / 4>, Vector<scalar_t, vec>>;
+
+template <int vec, typename scalar_t>
+__device__ __forceinline__ Raw<vec, scalar_t> load_raw(const scalar_t* from) {
+  return *reinterpret_cast<const Raw<vec, scalar_t>*>(from);
+}
+
+template <typename scalar_t, int vec, typename raw_t, typename acc_t>
+__device__ __forceinline__ void unpack(acc_t (&values)[vec], const raw_t& raw) {
+  if constexpr (std::is_same_v<scalar_t, c10::BFloat16> && vec % 2 == 0) {  // the upper halves of floats
+#pragma unroll
+    for (int i = 0; i < vec; ++i) {
+      const uint32_t bits = i % 2 == 0 ? raw.at[i / 2] << 16 : raw.at[i / 2] & 0xffff0000;
+      std::memcpy(&values[i], &bits, sizeof(bits));
+    }
+  } else {
+    scalar_t at[vec];
+    std::memcpy(at, &raw, sizeof(at));
+#pragma unroll
+    for (int i = 0; i < vec; ++i) values[i] = static_cast<acc_t>(at[i]);
+  }
+}
+
 template <int vec, typename scalar_t, typename acc_t>
 __device__ __forceinline__ void load(acc_t (&values)[vec], const scalar_t* from) {
-  const auto vector = *reinterpret_cast<const Vector<scalar_t, vec>*>(from);
-#pragma unroll
-  for (int i = 0; i < vec; ++i) values[i] = static_cast<acc_t>(vector.at[i]);
+  unpack<scalar_t>(values, load_raw<vec>(from));
 }
 
 template <int vec, typename scalar_t, typename acc_t>

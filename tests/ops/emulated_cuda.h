@@ -23,6 +23,8 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()
 #define C10_CUDA_CHECK(call) call
 
