@@ -55,12 +55,15 @@ struct BoxAxis {
   DCNV2_HOST_DEVICE BinAxis<scalar_t> bin(int64_t index, int64_t bins, scalar_t shift, int64_t extent) const {
     const scalar_t step = size / scalar_t(bins) / grid;
     BinAxis<scalar_t> axis{begin + size * shift + scalar_t(index) * size / scalar_t(bins) + step / 2, step, 0, 0};
-    // Of the samples of a large bin most may lie outside; -2 and + 3 leave room for rounding, the sampler decides.
+    // All samples of a small bin are visited, and those of a box without size, which lie in one place.
+    if (grid <= 4 || axis.step == 0) {
+      axis.last = grid > 0 ? static_cast<int64_t>(grid) : 0;
+      return axis;
+    }
+    // Of those of a large bin most may lie outside; -2 and + 3 leave room for rounding, the sampler decides.
     const scalar_t a = (scalar_t(-1) - axis.start) / axis.step, b = (scalar_t(extent) - axis.start) / axis.step;
     const scalar_t low = axis.step > 0 ? a : b, high = axis.step > 0 ? b : a;
-    if (axis.step == 0) {  // a box without size: all samples in one place
-      axis.last = grid > 0 ? static_cast<int64_t>(grid) : 0;
-    } else if (high >= low) {  // not so for NaN
+    if (high >= low) {  // not so for NaN
       const scalar_t first = low - 2 > 0 ? low - 2 : scalar_t(0), last = high + 3 < grid ? high + 3 : grid;
       if (first < last) {
         axis.first = static_cast<int64_t>(first);

@@ -47,15 +47,16 @@ struct BinStencil : AxisStencil<acc_t, FixedVector<StencilEntry<acc_t>, 2 * kChu
   int chunks;
 };
 
-// A pixel of a bin: its weight, and what the weight changes by when the bin moves
+// A pixel of a bin: where it lies in the map's plane, counted in vectors; its weight, and what that changes by when the
+// bin moves
 template <typename acc_t, bool slopes>
 struct alignas(2 * sizeof(acc_t)) Visit {
-  int32_t pixel;
+  uint32_t place;
   acc_t weight;
 };
 template <typename acc_t>
 struct alignas(4 * sizeof(acc_t)) Visit<acc_t, true> {
-  int32_t pixel;
+  uint32_t place;
   acc_t weight, by_y, by_x;
 };
 
@@ -65,15 +66,17 @@ struct PoolTask {
   shape_t shape;
   PoolSizes s;
   PoolArguments<acc_t> arguments;
-  const acc_t* mask;  // [K, 1, Ph, Pw] or null
-  // The bins of a box are shared out to `parts` blocks, `bins` each. In shared memory those of a channel lie `pitch`
+  const acc_t* mask;             // [K, 1, Ph, Pw] or null
+  int channels, size, all_bins;  // `size`: channels of a class
+  // The bins of a box are shared out to blocks, `bins` to each. In shared memory those of a channel lie `pitch`
   // elements from those of the next, an odd number against bank conflicts; 0 for a tensor that is channels last.
-  int parts, bins, pitch;
+  int bins, pitch;
+  bool several;  // whether the samples of an axis may be more than a chunk
 };
 
-// The pixels that one chunk of the samples of a bin touches. Not inlined: later chunks are rare.
+// The pixels that one chunk of the samples of a bin touches.
 template <typename acc_t, typename shape_t>
-__device__ __noinline__ void locate_pixels(
+__device__ __forceinline__ void locate_pixels(
     BinStencil<acc_t>& to, const PoolTask<acc_t, shape_t>& task, int k, int klass, int bin, bool is_y, int chunk) {
   const PoolSizes& s = task.s;
   const int across = s.pooled_w;
@@ -96,7 +99,8 @@ __device__ __noinline__ void locate_pixels(
   to.factor = is_y && task.mask ? task.mask[k * s.bins() + bin] : acc_t(1);
 }
 
-// Puts the next chunk into the stencils of a bin, after the last one the first again. By all lanes of a warp.
+// Puts the next chunk into the stencils of a bin, after the last one the first again. By all lanes of a warp. Not
+// inlined: its registers would be missing elsewhere.
 template <typename acc_t, typename shape_t>
 __device__ __noinline__ int locate_next_chunk(
     BinStencil<acc_t> (&stencils)[2], const PoolTask<acc_t, shape_t>& task, int k, int klass, int bin, int chunk) {
@@ -110,7 +114,8 @@ __device__ __noinline__ int locate_next_chunk(
 }
 
 // What a block of threads knows of its box.
-template <typename acc_t, bool slopes, typename shape_t>
+// `vec`: channels of the vectors in which the map is read
+template <int vec, typename acc_t, bool slopes, typename shape_t>
 struct PoolBlock {
   struct Shared {
     BinStencil<acc_t> stencils[kBins<acc_t>][2];  // rows, columns
@@ -123,10 +128,9 @@ struct PoolBlock {
   int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
 
   __device__ PoolBlock(const PoolTask<acc_t, shape_t>& task_, Shared& shared_) : task(task_), shared(shared_) {
-    const int bins = task.s.bins(), classes = task.s.classes, item = blockIdx.x / task.parts;
-    k = item / classes, klass = item % classes;
-    first = blockIdx.x % task.parts * task.bins;
-    count = bins - first < task.bins ? bins - first : task.bins;
+    k = blockIdx.x, klass = blockIdx.z, first = blockIdx.y * task.bins;
+    count = task.all_bins - first < task.bins ? task.all_bins - first : task.bins;
+#pragma unroll 1
     for (int i = threadIdx.x; i < 2 * count; i += kThreads) {
       const bool is_y = i < count;
       const int bin = is_y ? i : i - count;
@@ -137,8 +141,10 @@ struct PoolBlock {
 
   // Where a box's channels of a tensor [K, channels, Ph, Pw] lie: those of one bin if it is channels last.
   __device__ int64_t place(int bin, int channel) const {
-    const int64_t all = task.s.channels, bins = task.s.bins(), c = klass * (all / task.s.classes) + channel;
-    return task.pitch == 0 ? (k * bins + first + bin) * all + c : (k * all + c) * bins + first + bin;
+    const int c = klass * task.size + channel, b = first + bin;
+    const int64_t box = static_cast<int64_t>(task.channels) * task.all_bins * k;
+    return box + (task.pitch == 0 ? static_cast<int64_t>(b) * task.channels + c
+                                  : static_cast<int64_t>(c) * task.all_bins + b);
   }
 
   template <int pixels, typename load_t, typename use_t>
@@ -148,15 +154,29 @@ struct PoolBlock {
 #pragma unroll
     for (int i = 0; i < pixels; ++i) visits[i] = from[i];
 #pragma unroll
-    for (int i = 0; i < pixels; ++i) loaded[i] = load(visits[i].pixel);
+    for (int i = 0; i < pixels; ++i) loaded[i] = load(visits[i].place);
 #pragma unroll
     for (int i = 0; i < pixels; ++i) use(loaded[i], visits[i]);
   }
 
-  // Calls load(pixel) for several pixels of a bin, and then use(what it gave, visit) for each, until all have had their
+  // Calls fn(bin, whether its samples may be several chunks) for each bin of this warp.
+  template <typename fn_t>
+  __device__ __forceinline__ void for_each_bin(const fn_t& fn) {
+    const auto each = [&](auto several) {
+#pragma unroll 1
+      for (int bin = warp; bin < count; bin += kWarps) fn(bin, several);
+    };
+    if (task.several) {
+      each(std::true_type());
+    } else {
+      each(std::false_type());
+    }
+  }
+
+  // Calls load(place) for several pixels of a bin, and then use(what it gave, visit) for each, until all have had their
   // turn. False if there is no pixel. All lanes of a warp must come here.
-  template <typename load_t, typename use_t>
-  __device__ bool for_each_pixel(int bin, const load_t& load, const use_t& use) {
+  template <bool several, typename load_t, typename use_t>
+  __device__ __forceinline__ bool for_each_pixel(int bin, const load_t& load, const use_t& use) {
     constexpr int columns_listed = 2 * kChunk, rows_listed = kWarp / columns_listed;
     const BinStencil<acc_t>&rows = shared.stencils[bin][0], &columns = shared.stencils[bin][1];
     Visit<acc_t, slopes>* const visits = shared.visits[warp];
@@ -164,15 +184,15 @@ struct PoolBlock {
     bool any = false;
     int chunk = 0;
     do {
-      const int chunks = rows.chunks * columns.chunks, down = rows.entries.size(), width = columns.entries.size(),
-                j = lane % columns_listed;
+      const int down = rows.entries.size(), width = columns.entries.size(), j = lane % columns_listed;
       for (int top = 0; top < down; top += rows_listed) {
         const int i = top + lane / columns_listed, n = (down - top < rows_listed ? down - top : rows_listed) * width;
         __syncwarp();
         if (i < down && j < width) {
           const StencilEntry<acc_t>&row = rows.entries[i], &column = columns.entries[j];
           Visit<acc_t, slopes> visit;
-          visit.pixel = row.pixel * static_cast<int32_t>(task.s.width) + column.pixel;
+          visit.place = (row.pixel * static_cast<uint32_t>(task.s.width) + column.pixel) *
+                        (static_cast<uint32_t>(task.channels) / vec);
           visit.weight = share * row.weight * column.weight;
           if constexpr (slopes) {
             visit.by_y = share * row.slope * column.weight;
@@ -188,28 +208,25 @@ struct PoolBlock {
         if (n & 2) take<2>(visits + v, load, use), v += 2;
         if (n & 1) take<1>(visits + v, load, use);
       }
-      if (chunks <= 1) break;
-      chunk = locate_next_chunk(shared.stencils[bin], task, k, klass, first + bin, chunk);
+      if (several && rows.chunks * columns.chunks > 1)
+        chunk = locate_next_chunk(shared.stencils[bin], task, k, klass, first + bin, chunk);
     } while (chunk != 0);
     return any;
   }
 };
 static_assert(kAtOnce == 4, "what is left is at most 2 + 1 pixels");
 
-// A row of so many bytes: 32 bits times 32, which is one instruction
-template <typename value_t>
-__device__ __forceinline__ value_t* at_row(value_t* first, int32_t row, int32_t bytes) {
-  using byte_t = std::conditional_t<std::is_const_v<value_t>, const char, char>;
-  return reinterpret_cast<value_t*>(reinterpret_cast<byte_t*>(first) + static_cast<int64_t>(row) * bytes);
-}
-
 // to [rows][columns] = from, whose rows begin so many elements apart; by all threads of the block
 template <int vec, typename scalar_t>
 __device__ __forceinline__ void copy_rows(
     scalar_t* to, int64_t to_pitch, const scalar_t* from, int64_t from_pitch, int rows, int columns) {
   if (vec > 1 && to_pitch == columns && from_pitch == columns) {
-    for (int i = threadIdx.x * vec; i < rows * columns; i += kThreads * vec)
-      *reinterpret_cast<Raw<vec, scalar_t>*>(to + i) = load_raw<vec>(from + i);
+    const scalar_t* const end = from + rows * columns;
+    to += threadIdx.x * vec;
+#pragma unroll 1
+    for (from += threadIdx.x * vec; from < end; from += kThreads * vec, to += kThreads * vec) {
+      *reinterpret_cast<Raw<vec, scalar_t>*>(to) = load_raw<vec>(from);
+    }
   } else {
     for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
       for (int i = threadIdx.x % kWarp; i < columns; i += kWarp) to[row * to_pitch + i] = from[row * from_pitch + i];
@@ -219,15 +236,14 @@ __device__ __forceinline__ void copy_rows(
 
 // out [K, channels, Ph, Pw], map [N, groups, H, W, channels]
 template <int vec, typename scalar_t, typename acc_t, typename shape_t>
-__global__ void __launch_bounds__(kThreads, 4) pool_kernel(
+__global__ void __launch_bounds__(kThreads, 3) pool_kernel(
     scalar_t* __restrict__ out, const scalar_t* __restrict__ map,
     const __grid_constant__ PoolTask<acc_t, shape_t> task) {
   extern __shared__ __align__(16) unsigned char memory[];
   scalar_t* const staged = reinterpret_cast<scalar_t*>(memory);
-  __shared__ typename PoolBlock<acc_t, false, shape_t>::Shared shared;
-  PoolBlock<acc_t, false, shape_t> block(task, shared);
-  const int size = task.s.channels / task.s.classes;
-  const int row = task.s.channels * sizeof(scalar_t);
+  __shared__ typename PoolBlock<vec, acc_t, false, shape_t>::Shared shared;
+  PoolBlock<vec, acc_t, false, shape_t> block(task, shared);
+  const int size = task.size;
   for (int slice = 0; slice < size; slice += kWarp * vec) {
     const int c = slice + block.lane * vec;
     const bool exists = c < size;
@@ -235,29 +251,29 @@ __global__ void __launch_bounds__(kThreads, 4) pool_kernel(
     scalar_t* const box = staged + block.lane * vec * task.pitch;
     // A lane too many reads what another one does.
     const scalar_t* from = map + block.klass * size + (exists ? c : size - vec);
-    for (int bin = block.warp; bin < block.count; bin += kWarps) {
+    block.for_each_bin([&](int bin, auto several) {
       const scalar_t* plane = from + shared.stencils[bin][0].plane;
       acc_t sum[vec] = {};
-      block.for_each_pixel(
-          bin, [&](int32_t pixel) { return load_raw<vec>(at_row(plane, pixel, row)); },
+      block.template for_each_pixel<several()>(
+          bin, [&](uint32_t place) { return reinterpret_cast<const Raw<vec, scalar_t>*>(plane)[place]; },
           [&](const auto& raw, const auto& visit) {
             acc_t value[vec];
             unpack<scalar_t>(value, raw);
 #pragma unroll
             for (int e = 0; e < vec; ++e) sum[e] += visit.weight * value[e];
           });
-      if (!exists) continue;
+      if (!exists) return;
       if (task.pitch == 0) {
-        store(at_row(place, bin, row), sum);
+        store(place + static_cast<int64_t>(bin) * task.channels, sum);
       } else {
 #pragma unroll
         for (int e = 0; e < vec; ++e) box[e * task.pitch + bin] = static_cast<scalar_t>(sum[e]);
       }
-    }
+    });
     if (task.pitch == 0) continue;
     __syncthreads();
     copy_rows<vec>(
-        out + block.place(0, slice), task.s.bins(), staged, task.pitch,
+        out + block.place(0, slice), task.all_bins, staged, task.pitch,
         size - slice < kWarp * vec ? size - slice : kWarp * vec, block.count);
     __syncthreads();
   }
@@ -266,7 +282,7 @@ __global__ void __launch_bounds__(kThreads, 4) pool_kernel(
 // grad as `out` above. map_grad [N, groups, H, W, channels], offset_grad and mask_grad, each null if not wanted, are
 // added to; of the latter two one lane of a warp adds the sum over its channels.
 template <int vec, typename scalar_t, typename acc_t, typename shape_t>
-__global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
+__global__ void __launch_bounds__(kThreads, 2) pool_backward_kernel(
     acc_t* __restrict__ map_grad, acc_t* __restrict__ offset_grad, acc_t* __restrict__ mask_grad,
     const scalar_t* __restrict__ grad, const scalar_t* __restrict__ map,
     const __grid_constant__ PoolTask<acc_t, shape_t> task) {
@@ -274,11 +290,9 @@ __global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
   constexpr int run = vec * sizeof(acc_t) > 16 ? 16 / sizeof(acc_t) : vec, pieces = vec / run;
   extern __shared__ __align__(16) unsigned char memory[];
   scalar_t* const staged = reinterpret_cast<scalar_t*>(memory);
-  __shared__ typename PoolBlock<acc_t, true, shape_t>::Shared shared;
-  PoolBlock<acc_t, true, shape_t> block(task, shared);
-  const int size = task.s.channels / task.s.classes;
-  const int row = task.s.channels * sizeof(scalar_t);
-  const int grad_row = task.s.channels * sizeof(acc_t);
+  __shared__ typename PoolBlock<run, acc_t, true, shape_t>::Shared shared;
+  PoolBlock<run, acc_t, true, shape_t> block(task, shared);
+  const int size = task.size;
   struct Pieces {
     Raw<run, scalar_t> at[pieces];
   };
@@ -286,7 +300,7 @@ __global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
     const int channels = size - slice < kWarp * vec ? size - slice : kWarp * vec;
     if (task.pitch != 0) {
       __syncthreads();
-      copy_rows<vec>(staged, task.pitch, grad + block.place(0, slice), task.s.bins(), channels, block.count);
+      copy_rows<vec>(staged, task.pitch, grad + block.place(0, slice), task.all_bins, channels, block.count);
       __syncthreads();
     }
     int channel[pieces];  // of the class
@@ -297,7 +311,7 @@ __global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
       exists[i] = channel[i] < size;
       if (!exists[i]) channel[i] = size - run;  // a lane too many reads what another one does
     }
-    for (int bin = block.warp; bin < block.count; bin += kWarps) {
+    block.for_each_bin([&](int bin, auto several) {
       const BinStencil<acc_t>&rows = shared.stencils[bin][0], &columns = shared.stencils[bin][1];
       const int64_t plane = rows.plane + block.klass * size;
       acc_t g[pieces][run], by_y = 0, by_x = 0, by_mask = 0;
@@ -312,14 +326,14 @@ __global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
           }
         }
       }
-      const bool any = block.for_each_pixel(
+      const bool any = block.template for_each_pixel<several()>(
           bin,
-          [&](int32_t pixel) {
+          [&](uint32_t place) {
             Pieces loaded;
             if (offset_grad || mask_grad) {
 #pragma unroll
               for (int i = 0; i < pieces; ++i) {
-                loaded.at[i] = load_raw<run>(at_row(map + plane + channel[i], pixel, row));
+                loaded.at[i] = reinterpret_cast<const Raw<run, scalar_t>*>(map + plane + channel[i])[place];
               }
             }
             return loaded;
@@ -331,7 +345,7 @@ __global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
               if (!exists[i]) continue;
               const acc_t weight = rows.factor * visit.weight;
               if (map_grad && weight != 0) {
-                atomic_add(at_row(map_grad + plane + channel[i], visit.pixel, grad_row), weight, g[i]);
+                atomic_add(map_grad + plane + channel[i] + static_cast<uint64_t>(visit.place) * run, weight, g[i]);
               }
               acc_t value[run];
               unpack<scalar_t>(value, loaded.at[i]);
@@ -342,18 +356,18 @@ __global__ void __launch_bounds__(kThreads, 3) pool_backward_kernel(
             by_x += visit.by_x * dot;
             by_mask += visit.weight * dot;
           });
-      if (!offset_grad && !mask_grad) continue;
+      if (!offset_grad && !mask_grad) return;
       by_y = lane_sum(by_y, kWarp);
       by_x = lane_sum(by_x, kWarp);
       by_mask = lane_sum(by_mask, kWarp);
       // A bin without pixels may be of a box of infinite size, which times 0 would be NaN.
-      if (block.lane != 0 || !any) continue;
+      if (block.lane != 0 || !any) return;
       if (offset_grad) {
         atomicAdd(offset_grad + columns.offset_index, rows.factor * columns.move * by_x);
         atomicAdd(offset_grad + rows.offset_index, rows.factor * rows.move * by_y);
       }
-      if (mask_grad) atomicAdd(mask_grad + block.k * task.s.bins() + block.first + bin, by_mask);
-    }
+      if (mask_grad) atomicAdd(mask_grad + static_cast<int64_t>(block.k) * task.all_bins + block.first + bin, by_mask);
+    });
   }
 }
 
@@ -371,6 +385,8 @@ struct PoolCall {
     return t.has_value() ? t->to(acc_type).contiguous() : at::Tensor();
   }
 
+  static const acc_t* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<acc_t>() : nullptr; }
+
   PoolCall(
       const shape_t& shape_, const at::Tensor& input, const at::Tensor& boxes_,
       const std::optional<at::Tensor>& offset_, const std::optional<at::Tensor>& mask_)
@@ -385,19 +401,29 @@ struct PoolCall {
   void launch(const at::Tensor& pooled, const fn_t& fn) const {
     const int64_t size = s.channels / s.classes, parts = (s.bins() + kBins<acc_t> - 1) / kBins<acc_t>;
     if (s.boxes == 0 || size == 0) return;
+    constexpr int most = std::numeric_limits<int>::max() / 8, most_blocks = 65535;
     TORCH_CHECK(
-        std::max({s.channels, s.bins(), shape.sampling_ratio}) < std::numeric_limits<int>::max() / 8, s.op,
-        ": too many channels, bins or samples");
-    const PoolArguments<acc_t> arguments{
-        boxes.const_data_ptr<acc_t>(), offset.defined() ? offset.const_data_ptr<acc_t>() : nullptr};
+        std::max({s.channels, s.bins(), shape.sampling_ratio}) < most && std::max(parts, s.classes) <= most_blocks,
+        s.op, ": too many channels, bins, samples or classes");
     const int bins = (s.bins() + parts - 1) / parts;
     const int pitch = pooled.suggest_memory_format() == at::MemoryFormat::ChannelsLast ? 0 : bins | 1;
     const PoolTask<acc_t, shape_t> task{
-        shape, s,    arguments, mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr, static_cast<int>(parts),
-        bins,  pitch};
+        shape,
+        s,
+        {data(boxes), data(offset)},
+        data(mask),
+        static_cast<int>(s.channels),
+        static_cast<int>(size),
+        static_cast<int>(s.bins()),
+        bins,
+        pitch,
+        shape.sampling_ratio <= 0 || shape.sampling_ratio > kChunk};
+    const dim3 grid(blocks_for(s.boxes, 1), parts, s.classes);
     const bool aligned = reinterpret_cast<uintptr_t>(pooled.const_data_ptr()) % 16 == 0;
     dispatch_vector<scalar_t>(aligned ? size : 1, map.const_data_ptr(), [&](auto vec) {
-      fn(vec, task, blocks_for(s.boxes * s.classes * parts, 1), kWarp * vec() * pitch * sizeof(scalar_t));
+      constexpr int64_t vectors = std::numeric_limits<uint32_t>::max();
+      TORCH_CHECK(s.pixels() * (s.channels / vec()) <= vectors, s.op, ": input is too large an image");
+      fn(vec, task, grid, kWarp * vec() * pitch * sizeof(scalar_t));
     });
   }
 
@@ -420,7 +446,7 @@ at::Tensor pool_forward(
   const at::Tensor pooled = at::empty(
       {call.s.boxes, call.s.channels, call.s.pooled_h, call.s.pooled_w},
       input.options().memory_format(input.suggest_memory_format()));
-  call.launch(pooled, [&](auto vec, const auto& task, unsigned grid, size_t bytes) {
+  call.launch(pooled, [&](auto vec, const auto& task, dim3 grid, size_t bytes) {
     pool_kernel<vec(), scalar_t, acc_t, shape_t><<<grid, kThreads, bytes, stream>>>(
         pooled.data_ptr<scalar_t>(), call.map.template const_data_ptr<scalar_t>(), task);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
@@ -446,7 +472,7 @@ PoolGradients pool_backward(
       wanted[0] ? at::zeros({call.s.batch, call.s.groups, call.s.pixels(), call.s.channels}, acc_options) : none;
   const at::Tensor offset_grad = wanted[1] ? at::zeros(offset->sizes(), acc_options) : none;
   const at::Tensor mask_grad = wanted[2] ? at::zeros(mask->sizes(), acc_options) : none;
-  call.launch(grad, [&](auto vec, const auto& task, unsigned grid, size_t bytes) {
+  call.launch(grad, [&](auto vec, const auto& task, dim3 grid, size_t bytes) {
     pool_backward_kernel<vec(), scalar_t, acc_t, shape_t><<<grid, kThreads, bytes, stream>>>(
         wanted[0] ? map_grad.data_ptr<acc_t>() : nullptr, wanted[1] ? offset_grad.data_ptr<acc_t>() : nullptr,
         wanted[2] ? mask_grad.data_ptr<acc_t>() : nullptr, grad.const_data_ptr<scalar_t>(),

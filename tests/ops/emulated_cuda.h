@@ -119,15 +119,17 @@ template <typename... parameters_t>
 auto launch(dim3 grid, dim3 block, size_t bytes, void (*kernel)(parameters_t...)) {
   return [=](parameters_t... arguments) {
     blockDim = block;
-    require(grid.x > 0 && grid.y * grid.z == 1 && block.x * block.y * block.z <= 1024, "bad launch");
+    require(
+        grid.x > 0 && grid.y > 0 && grid.y < 65536 && grid.z > 0 && grid.z < 65536 && block.x * block.y * block.z <= 1024,
+        "bad launch");
     require(block.x * block.y * block.z % 32 == 0, "a warp is not full");
-    std::vector<unsigned> order(grid.x);
-    for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+    std::vector<unsigned> order(grid.x * grid.y * grid.z);
+    for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_order);
     kernel_call = [&] { kernel(arguments...); };
     dynamic_memory = std::malloc(bytes);
     for (unsigned i : order) {
-      blockIdx = dim3(i);
+      blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
       run_block();
     }
     std::free(dynamic_memory);
