@@ -14,6 +14,7 @@
 
 #include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
 
 #include "cuda/channels_last.h"
@@ -483,5 +484,21 @@ PoolGradients pool_backward(
       wanted[0] ? call.to_input(map_grad, input) : none, wanted[1] ? offset_grad.to(offset->scalar_type()) : none,
       wanted[2] ? mask_grad.to(mask->scalar_type()) : none};
 }
+
+// For RoIPoolOperators
+struct Pooling {
+  template <typename scalar_t, typename acc_t, typename... arguments_t>
+  static auto forward(const arguments_t&... arguments) {
+    return pool_forward<scalar_t, acc_t>(arguments...);
+  }
+  template <typename scalar_t, typename acc_t, typename... arguments_t>
+  static auto backward(const arguments_t&... arguments) {
+    return pool_backward<scalar_t, acc_t>(arguments...);
+  }
+  // By atomics
+  static void sums_in_any_order(const std::string& name) {
+    at::globalContext().alertNotDeterministic((name + "_cuda").c_str());
+  }
+};
 
 }  // namespace dcnv2::cuda
