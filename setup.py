@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 from setuptools import setup
@@ -25,6 +26,16 @@ def find_cuda_home():
     return next((c for c in candidates if c and (Path(c) / "include" / "cuda_runtime.h").is_file()), None)
 
 
+def default_architectures(home):
+    """Every generation users have, as far as the toolkit knows it, plus PTX for later ones."""
+    nvcc = Path(home) / "bin" / "nvcc"
+    command = [nvcc if nvcc.is_file() else "nvcc", "--list-gpu-arch"]
+    known = subprocess.run(command, capture_output=True, text=True).stdout
+    wanted = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+    chosen = [a for a in wanted if f"compute_{a.replace('.', '')}" in known.split()] or ["7.5", "8.0", "8.6", "9.0"]
+    return ";".join(chosen) + "+PTX"
+
+
 def decide_cuda():
     """Returns (whether to compile the CUDA sources, the reason)."""
     forced = os.environ.get("FORCE_CUDA") == "1"
@@ -40,9 +51,8 @@ def decide_cuda():
     if not forced and not torch.cuda.is_available():
         return False, "no GPU is present (FORCE_CUDA=1 compiles for CUDA all the same)"
     cpp_extension.CUDA_HOME = home
-    # Without a GPU to ask, compile for every generation the toolkit's users have, plus PTX for later ones.
     if not torch.cuda.is_available():
-        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "7.5;8.0;8.6;9.0+PTX")
+        os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_architectures(home))
     return True, "FORCE_CUDA=1" if forced else f"found {torch.cuda.get_device_name(0)} and the toolkit at {home}"
 
 

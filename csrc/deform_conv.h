@@ -47,6 +47,17 @@ struct ModulatedSample : BilinearSample<scalar_t, int32_t> {
   }
 };
 
+// The sample of a tap at (tap_y, tap_x) that its offset moves by (dy, dx).
+template <typename scalar_t>
+DCNV2_HOST_DEVICE ModulatedSample<scalar_t> locate_sample(
+    const DeformConvShape& s, int64_t tap_y, int64_t tap_x, scalar_t dy, scalar_t dx, scalar_t mask) {
+  ModulatedSample<scalar_t> sample;
+  static_cast<BilinearSample<scalar_t, int32_t>&>(sample) = sample_zero_padded<scalar_t, int32_t>(
+      scalar_t(tap_y) + dy, scalar_t(tap_x) + dx, static_cast<int32_t>(s.in_height), static_cast<int32_t>(s.in_width));
+  sample.mask = mask;
+  return sample;
+}
+
 // The sample of one tap at one output pixel. `plane` counts the taps of all offset groups and, if `offset` [2 * planes,
 // Ho * Wo] and `mask` [planes, Ho * Wo] hold a whole batch, of all images; `mask` may be null.
 template <typename scalar_t>
@@ -54,12 +65,8 @@ DCNV2_HOST_DEVICE ModulatedSample<scalar_t> locate_sample(
     const DeformConvShape& s, const scalar_t* offset, const scalar_t* mask, int64_t plane, int64_t pixel, int64_t tap_y,
     int64_t tap_x) {
   const scalar_t* at = offset + 2 * plane * s.out_pixels() + pixel;
-  ModulatedSample<scalar_t> sample;
-  static_cast<BilinearSample<scalar_t, int32_t>&>(sample) = sample_zero_padded<scalar_t, int32_t>(
-      scalar_t(tap_y) + at[0], scalar_t(tap_x) + at[s.out_pixels()], static_cast<int32_t>(s.in_height),
-      static_cast<int32_t>(s.in_width));
-  sample.mask = mask ? mask[plane * s.out_pixels() + pixel] : scalar_t(1);
-  return sample;
+  return locate_sample(
+      s, tap_y, tap_x, at[0], at[s.out_pixels()], mask ? mask[plane * s.out_pixels() + pixel] : scalar_t(1));
 }
 
 // Reads the sizes of a call from its tensors. Raises ValueError or TypeError that names the argument at fault.

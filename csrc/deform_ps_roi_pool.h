@@ -101,21 +101,26 @@ struct PSBoxAxis {
   }
 };
 
+// The rows (`is_y`) or the columns of the bin (ph, pw).
+template <typename scalar_t>
+DCNV2_HOST_DEVICE PoolAxis<scalar_t> locate_axis(
+    const DeformPSRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t ph, int64_t pw, int64_t c,
+    bool is_y) {
+  const scalar_t* box = p.boxes + k * 5;
+  const scalar_t gamma = static_cast<scalar_t>(s.gamma);
+  const PSBoxAxis<scalar_t> axis(box[is_y ? 2 : 1], box[is_y ? 4 : 3], static_cast<scalar_t>(s.spatial_scale));
+  const int64_t index = s.offset_index(k, c, ph, pw) + (is_y ? s.parts() : 0);
+  return {
+      axis.bin(is_y ? ph : pw, is_y ? s.pooled_h : s.pooled_w, gamma * p.offset_at(index), s.sampling_ratio),
+      static_cast<int64_t>(box[0]) * s.groups() + s.group(ph, pw), index, gamma * axis.size, scalar_t(0)};
+}
+
 template <typename scalar_t>
 DCNV2_HOST_DEVICE PoolBin<scalar_t> locate_bin(
     const DeformPSRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t c) {
-  const scalar_t* box = p.boxes + k * 5;
-  const scalar_t scale = static_cast<scalar_t>(s.spatial_scale), gamma = static_cast<scalar_t>(s.gamma);
-  const PSBoxAxis<scalar_t> x(box[1], box[3], scale), y(box[2], box[4], scale);
-  const int64_t ph = bin / s.pooled_w, pw = bin % s.pooled_w, index = s.offset_index(k, c, ph, pw);
-  return {
-      static_cast<int64_t>(box[0]) * s.groups() + s.group(ph, pw),
-      index,
-      gamma * y.size,
-      gamma * x.size,
-      y.bin(ph, s.pooled_h, gamma * p.offset_at(index + s.parts()), s.sampling_ratio),
-      x.bin(pw, s.pooled_w, gamma * p.offset_at(index), s.sampling_ratio),
-      scalar_t(0)};
+  const int64_t ph = bin / s.pooled_w, pw = bin % s.pooled_w;
+  const PoolAxis<scalar_t> y = locate_axis(s, p, k, ph, pw, c, true), x = locate_axis(s, p, k, ph, pw, c, false);
+  return {x.plane, x.offset_index, y.move, x.move, y.axis, x.axis, scalar_t(0)};
 }
 
 }  // namespace dcnv2

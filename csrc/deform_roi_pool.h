@@ -55,12 +55,15 @@ struct BoxAxis {
   DCNV2_HOST_DEVICE BinAxis<scalar_t> bin(int64_t index, int64_t bins, scalar_t shift, int64_t extent) const {
     const scalar_t step = size / scalar_t(bins) / grid;
     BinAxis<scalar_t> axis{begin + size * shift + scalar_t(index) * size / scalar_t(bins) + step / 2, step, 0, 0};
-    // Of the samples of a large bin most may lie outside; -2 and + 3 leave room for rounding, the sampler decides.
+    // All samples of a small bin are visited, and those of a box without size, which lie in one place.
+    if (grid <= 4 || axis.step == 0) {
+      axis.last = grid > 0 ? static_cast<int64_t>(grid) : 0;
+      return axis;
+    }
+    // Of those of a large bin most may lie outside; -2 and + 3 leave room for rounding, the sampler decides.
     const scalar_t a = (scalar_t(-1) - axis.start) / axis.step, b = (scalar_t(extent) - axis.start) / axis.step;
     const scalar_t low = axis.step > 0 ? a : b, high = axis.step > 0 ? b : a;
-    if (axis.step == 0) {  // a box without size: all samples in one place
-      axis.last = grid > 0 ? static_cast<int64_t>(grid) : 0;
-    } else if (high >= low) {  // not so for NaN
+    if (high >= low) {  // not so for NaN
       const scalar_t first = low - 2 > 0 ? low - 2 : scalar_t(0), last = high + 3 < grid ? high + 3 : grid;
       if (first < last) {
         axis.first = static_cast<int64_t>(first);
@@ -71,23 +74,29 @@ struct BoxAxis {
   }
 };
 
+// The rows (`is_y`) or the columns of the bin (ph, pw).
+template <typename scalar_t>
+DCNV2_HOST_DEVICE PoolAxis<scalar_t> locate_axis(
+    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t ph, int64_t pw,
+    int64_t /* class */, bool is_y) {
+  const scalar_t* box = p.boxes + k * 5;
+  const scalar_t gamma = static_cast<scalar_t>(s.gamma);
+  const int64_t bins = is_y ? s.pooled_h : s.pooled_w;
+  const BoxAxis<scalar_t> axis(
+      box[is_y ? 2 : 1], box[is_y ? 4 : 3], static_cast<scalar_t>(s.spatial_scale), s.sampling_ratio, bins);
+  const int64_t index = (2 * k + is_y) * s.bins() + ph * s.pooled_w + pw;
+  return {
+      axis.bin(is_y ? ph : pw, bins, gamma * p.offset_at(index), is_y ? s.height : s.width),
+      static_cast<int64_t>(box[0]), index, gamma * axis.size, axis.grid};
+}
+
 template <typename scalar_t>
 DCNV2_HOST_DEVICE PoolBin<scalar_t> locate_bin(
-    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t /* class */) {
-  const scalar_t* box = p.boxes + k * 5;
-  const scalar_t scale = static_cast<scalar_t>(s.spatial_scale), gamma = static_cast<scalar_t>(s.gamma);
-  const BoxAxis<scalar_t> x(box[1], box[3], scale, s.sampling_ratio, s.pooled_w);
-  const BoxAxis<scalar_t> y(box[2], box[4], scale, s.sampling_ratio, s.pooled_h);
-  const int64_t index = 2 * k * s.bins() + bin;
-  const scalar_t samples = y.grid * x.grid;
-  return {
-      static_cast<int64_t>(box[0]),
-      index,
-      gamma * y.size,
-      gamma * x.size,
-      y.bin(bin / s.pooled_w, s.pooled_h, gamma * p.offset_at(index + s.bins()), s.height),
-      x.bin(bin % s.pooled_w, s.pooled_w, gamma * p.offset_at(index), s.width),
-      samples > 1 ? samples : scalar_t(1)};
+    const DeformRoIPoolShape& s, const PoolArguments<scalar_t>& p, int64_t k, int64_t bin, int64_t c) {
+  const int64_t ph = bin / s.pooled_w, pw = bin % s.pooled_w;
+  const PoolAxis<scalar_t> y = locate_axis(s, p, k, ph, pw, c, true), x = locate_axis(s, p, k, ph, pw, c, false);
+  const scalar_t samples = y.samples * x.samples;
+  return {x.plane, x.offset_index, y.move, x.move, y.axis, x.axis, samples > 1 ? samples : scalar_t(1)};
 }
 
 }  // namespace dcnv2

@@ -53,7 +53,16 @@ struct BinAxis {
   DCNV2_HOST_DEVICE scalar_t at(int64_t i) const { return start + scalar_t(i) * step; }
 };
 
-// One bin, for the channels of one class (which share their offsets).
+// One axis of one bin, for the channels of one class (which share their offsets), as locate_axis finds it.
+template <typename scalar_t>
+struct PoolAxis {
+  BinAxis<scalar_t> axis;
+  int64_t plane, offset_index;  // of the map; where the offset of this axis lies
+  scalar_t move;                // how far an offset of 1 moves the bin, in pixels
+  scalar_t samples;             // as PoolBin's, of this axis alone
+};
+
+// One bin, for the channels of one class.
 template <typename scalar_t>
 struct PoolBin {
   int64_t plane;            // of the map
@@ -86,11 +95,11 @@ struct PoolArguments {
 // A pixel that samples of one axis touch, with the sum of their weights and the derivative of that sum.
 template <typename scalar_t>
 struct StencilEntry {
-  int64_t pixel;
+  int32_t pixel;
   scalar_t weight, slope;
 };
 
-// One axis of a bin: the pixels that its samples touch. `entries_t`: a vector of entries
+// One axis of a bin: the pixels that its samples touch, in order. `entries_t`: a vector of entries
 template <typename scalar_t, typename entries_t>
 struct AxisStencil {
   entries_t entries;
@@ -101,28 +110,39 @@ struct AxisStencil {
       const BinAxis<scalar_t>& axis, int64_t begin, int64_t end, int64_t extent, scalar_t reach) {
     entries.clear();
     samples = 0;
-    for (int64_t n = 0; n < end - begin; ++n) {
-      // From the first pixel on, also in an inverted box: a pixel that is there already is one of the last two.
-      const int64_t i = axis.step < 0 ? end - 1 - n : begin + n;
+    // From the first pixel on, also in an inverted box: then only the last two pixels can be there already.
+    const bool inverted = axis.step < 0;
+    StencilEntry<scalar_t> low{-1, 0, 0}, high{-1, 0, 0};
+    for (int64_t n = begin; n < end; ++n) {
       AxisSample<scalar_t, int32_t> sample;
-      if (!clamp_to_axis<scalar_t, int32_t>(axis.at(i), static_cast<int32_t>(extent), reach, sample)) continue;
+      if (!clamp_to_axis<scalar_t, int32_t>(
+              axis.at(inverted ? begin + end - 1 - n : n), static_cast<int32_t>(extent), reach, sample)) {
+        continue;
+      }
       ++samples;
-      const bool between = sample.high > sample.low;
-      add(sample.low, 1 - sample.distance, scalar_t(between ? -1 : 0));
-      if (between) add(sample.high, sample.distance, scalar_t(1));
+      if (sample.low != low.pixel) {
+        add(low);
+        if (sample.low != high.pixel) {
+          add(high);
+          high = {sample.low, 0, 0};
+        }
+        low = high;
+        high = {-1, 0, 0};
+      }
+      low.weight += 1 - sample.distance;
+      if (sample.high == sample.low) continue;
+      low.slope -= 1;
+      high.pixel = sample.high;
+      high.weight += sample.distance;
+      high.slope += 1;
     }
+    add(low);
+    add(high);
   }
 
  private:
-  DCNV2_HOST_DEVICE void add(int64_t pixel, scalar_t weight, scalar_t slope) {
-    const int64_t count = static_cast<int64_t>(entries.size());
-    for (int64_t i = count - 1; i >= 0 && i >= count - 2; --i) {
-      if (entries[i].pixel != pixel) continue;
-      entries[i].weight += weight;
-      entries[i].slope += slope;
-      return;
-    }
-    entries.push_back({pixel, weight, slope});
+  DCNV2_HOST_DEVICE void add(const StencilEntry<scalar_t>& entry) {
+    if (entry.pixel >= 0) entries.push_back(entry);
   }
 };
 

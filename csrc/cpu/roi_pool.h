@@ -355,4 +355,17 @@ PoolGradients pool_backward(
       wanted[2] ? mask_sums.sum(0).view(mask->sizes()).to(mask->scalar_type()) : none};
 }
 
+// For RoIPoolOperators
+struct Pooling {
+  template <typename scalar_t, typename acc_t, typename... arguments_t>
+  static auto forward(const arguments_t&... arguments) {
+    return pool_forward<scalar_t, acc_t>(arguments...);
+  }
+  template <typename scalar_t, typename acc_t, typename... arguments_t>
+  static auto backward(const arguments_t&... arguments) {
+    return pool_backward<scalar_t, acc_t>(arguments...);
+  }
+  static void sums_in_any_order(const char* /* name */) {}  // nothing is atomic
+};
+
 }  // namespace dcnv2::cpu

@@ -1,5 +1,5 @@
-// The matrix units of a GPU of compute capability 8.0 or later, for half types: the two instructions that
-// fused_deform_conv.h needs. The letters are those of the PTX manual.
+// What fused_deform_conv.h needs of a GPU of compute capability 8.0 or later: copies in the background and the matrix
+// units, for half types. The letters are those of the PTX manual.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,16 +9,30 @@
 
 namespace dcnv2::cuda {
 
-// Four 8x8 matrices out of shared memory. Lane i gives the address of row i % 8 of matrix i / 8, 16 bytes, and receives
-// of each matrix the two elements at row i / 4, column i % 4 * 2.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+// Copies 16 bytes from memory to shared memory, or fills them with zeros, in the background.
+__device__ __forceinline__ void copy_async(void* to, const void* from, bool exists) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(row)))
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))), "l"(from), "r"(exists ? 16 : 0)
                : "memory");
 #else
   __trap();
+#endif
+}
+
+// Ends a batch of this thread's copies.
+__device__ __forceinline__ void end_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" : : : "memory");
+#endif
+}
+
+// Waits until no more than `batches` batches of this thread's copies are under way.
+template <int batches>
+__device__ __forceinline__ void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" : : "n"(batches) : "memory");
 #endif
 }
 

@@ -1,8 +1,9 @@
 // What the RoI poolings share on a GPU.
 //
-// A warp takes one bin, for the channels of one class, and each lane some of the channels. Two lanes find the pixels
-// that the bin's samples touch and their weights, one for the rows and one for the columns; all lanes then visit each
-// of these pixels once. The gradients of offset and mask are summed over the channels within the warp.
+// A block of threads takes a box: the channels of one class, kBins bins at most. First each thread finds the pixels
+// that the samples of one bin touch in one axis, with their weights. Then a warp takes a bin, and a lane one vector of
+// channels in it: the lanes list the bin's pixels, whose vectors are then read several at once, each once for all
+// samples. The bins of an NCHW tensor, which lie channel by channel, pass through shared memory.
 #pragma once
 
 #include <ATen/Context.h>
@@ -11,7 +12,9 @@
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAGuard.h>
 
+#include <algorithm>
 #include <array>
+#include <string>
 #include <tuple>
 
 #include "cuda/channels_last.h"
@@ -19,7 +22,11 @@
 
 namespace dcnv2::cuda {
 
-constexpr int kChunk = 16;  // samples an axis that are taken at once
+constexpr int kChunk = 4;   // samples an axis that are taken at once
+constexpr int kAtOnce = 4;  // pixels whose vectors are read before the first is used
+constexpr int kWarps = kThreads / kWarp;
+template <typename acc_t>
+constexpr int kBins = 49 * sizeof(float) / sizeof(acc_t);  // of a block at most: as its shared memory allows
 
 template <typename entry_t, int capacity>
 struct FixedVector {
@@ -33,188 +40,345 @@ struct FixedVector {
   __device__ const entry_t& operator[](int64_t i) const { return data[i]; }
 };
 
+// One axis of a bin.
 template <typename acc_t>
-using ChunkStencil = AxisStencil<acc_t, FixedVector<StencilEntry<acc_t>, 2 * kChunk>>;
-
-// Elements from one to the next.
-struct Strides {
-  int64_t plane, pixel, channel;
+struct BinStencil : AxisStencil<acc_t, FixedVector<StencilEntry<acc_t>, 2 * kChunk>> {
+  int64_t plane, offset_index;  // plane: its first element in the map
+  acc_t share, factor, move;    // share: 1 / samples; factor: the mask, of the rows only
+  int chunks;
 };
 
-// The bin of one warp. Its methods are called by all lanes at once.
+// A pixel of a bin: where it lies in the map's plane, counted in vectors; its weight, and what that changes by when the
+// bin moves
+template <typename acc_t, bool slopes>
+struct alignas(2 * sizeof(acc_t)) Visit {
+  uint32_t place;
+  acc_t weight;
+};
 template <typename acc_t>
-struct WarpBin {
-  int64_t k, index, klass;  // box, bin of the box, class
-  int64_t plane, offset_index;
-  acc_t move_y, move_x, samples;
-  BinAxis<acc_t> axis;            // of the rows in lane 0, of the columns in the others
-  int64_t down, across;           // chunks an axis
-  ChunkStencil<acc_t>* stencils;  // of rows and columns, in shared memory
-  int64_t located = -1;           // the chunk that they hold
-  int lane;
-  bool touches = false;  // whether there is any sample that is not outside
+struct alignas(4 * sizeof(acc_t)) Visit<acc_t, true> {
+  uint32_t place;
+  acc_t weight, by_y, by_x;
+};
 
-  // False for a warp too many.
-  template <typename shape_t>
-  __device__ bool locate(
-      const shape_t& shape, const PoolSizes& s, const PoolArguments<acc_t>& p, ChunkStencil<acc_t> (*shared)[2]) {
-    const int64_t item = static_cast<int64_t>(blockIdx.x) * (kThreads / kWarp) + threadIdx.x / kWarp;
-    klass = item % s.classes;
-    index = item / s.classes % s.bins();
-    k = item / s.classes / s.bins();
-    if (k >= s.boxes) return false;
-    stencils = shared[threadIdx.x / kWarp];
-    lane = threadIdx.x % kWarp;
-    PoolBin<acc_t> bin = locate_bin(shape, p, k, index, klass);
-    // A box of no image has no samples: to raise an error, the CPU would have to wait for the GPU.
-    const acc_t image = p.boxes[k * 5];
-    if (!(image >= 0 && image < acc_t(s.batch))) bin.y.last = bin.y.first;
-    plane = bin.plane, offset_index = bin.offset_index;
-    move_y = bin.move_y, move_x = bin.move_x, samples = bin.samples;
-    down = (bin.y.last - bin.y.first + kChunk - 1) / kChunk;
-    across = (bin.x.last - bin.x.first + kChunk - 1) / kChunk;
-    axis = bin.y;
-    if (lane > 0) axis = bin.x;
-    return true;
+// What a launch is about.
+template <typename acc_t, typename shape_t>
+struct PoolTask {
+  shape_t shape;
+  PoolSizes s;
+  PoolArguments<acc_t> arguments;
+  const acc_t* mask;             // [K, 1, Ph, Pw] or null
+  int channels, size, all_bins;  // `size`: channels of a class
+  // The bins of a box are shared out to blocks, `bins` to each. In shared memory those of a channel lie `pitch`
+  // elements from those of the next, an odd number against bank conflicts; 0 for a tensor that is channels last.
+  int bins, pitch;
+  bool several;  // whether the samples of an axis may be more than a chunk
+};
+
+// The pixels that one chunk of the samples of a bin touches.
+template <typename acc_t, typename shape_t>
+__device__ __forceinline__ void locate_pixels(
+    BinStencil<acc_t>& to, const PoolTask<acc_t, shape_t>& task, int k, int klass, int bin, bool is_y, int chunk) {
+  const PoolSizes& s = task.s;
+  const int across = s.pooled_w;
+  const PoolAxis<acc_t> at = locate_axis(task.shape, task.arguments, k, bin / across, bin % across, klass, is_y);
+  // A box of no image has no samples: to raise an error, the CPU would have to wait for the GPU.
+  const acc_t image = task.arguments.boxes[k * int64_t(5)], reach = static_cast<acc_t>(s.reach);
+  const int64_t first = at.axis.first, last = image >= 0 && image < acc_t(s.batch) ? at.axis.last : first;
+  const int64_t begin = first + chunk * int64_t(kChunk), extent = is_y ? s.height : s.width;
+  to.locate(at.axis, begin, begin + kChunk < last ? begin + kChunk : last, extent, reach);
+  to.chunks = (last - first + kChunk - 1) / kChunk;
+  to.plane = at.plane * s.pixels() * s.channels, to.offset_index = at.offset_index, to.move = at.move;
+  acc_t samples = at.samples;
+  if (samples == 0) samples = acc_t(to.samples);
+  if (at.samples == 0 && to.chunks > 1) {
+    AxisSample<acc_t, int32_t> sample;
+    samples = 0;
+    for (int64_t i = first; i < last; ++i) samples += clamp_to_axis(at.axis.at(i), int32_t(extent), reach, sample);
+  }
+  to.share = 1 / samples;
+  to.factor = is_y && task.mask ? task.mask[k * s.bins() + bin] : acc_t(1);
+}
+
+// Puts the next chunk into the stencils of a bin, after the last one the first again. By all lanes of a warp. Not
+// inlined: its registers would be missing elsewhere.
+template <typename acc_t, typename shape_t>
+__device__ __noinline__ int locate_next_chunk(
+    BinStencil<acc_t> (&stencils)[2], const PoolTask<acc_t, shape_t>& task, int k, int klass, int bin, int chunk) {
+  const int across = stencils[1].chunks, next = (chunk + 1) % (stencils[0].chunks * across);
+  const int lane = threadIdx.x % kWarp;
+  __syncwarp();
+  if (lane < 2)
+    locate_pixels(stencils[lane], task, k, klass, bin, lane == 0, lane == 0 ? next / across : next % across);
+  __syncwarp();
+  return next;
+}
+
+// What a block of threads knows of its box.
+// `vec`: channels of the vectors in which the map is read
+template <int vec, typename acc_t, bool slopes, typename shape_t>
+struct PoolBlock {
+  struct Shared {
+    BinStencil<acc_t> stencils[kBins<acc_t>][2];  // rows, columns
+    Visit<acc_t, slopes> visits[kWarps][kWarp];
+  };
+
+  const PoolTask<acc_t, shape_t>& task;
+  Shared& shared;
+  int k, klass, first, count;  // box, class, its bins
+  int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+
+  __device__ PoolBlock(const PoolTask<acc_t, shape_t>& task_, Shared& shared_) : task(task_), shared(shared_) {
+    k = blockIdx.x, klass = blockIdx.z, first = blockIdx.y * task.bins;
+    count = task.all_bins - first < task.bins ? task.all_bins - first : task.bins;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < 2 * count; i += kThreads) {
+      const bool is_y = i < count;
+      const int bin = is_y ? i : i - count;
+      locate_pixels(shared.stencils[bin][!is_y], task, k, klass, first + bin, is_y, 0);
+    }
+    __syncthreads();
   }
 
-  // visit(row entry, column entry) for each pixel, or several times in a bin of more than kChunk samples an axis. On
-  // return `samples` is what to divide the sum by.
-  template <typename visit_t>
-  __device__ void for_each_pixel(const PoolSizes& s, const visit_t& visit) {
-    int64_t rows = 0, columns = 0;
-    for (int64_t chunk = 0; chunk < down * across; ++chunk) {
-      if (chunk != located) {
+  // Where a box's channels of a tensor [K, channels, Ph, Pw] lie: those of one bin if it is channels last.
+  __device__ int64_t place(int bin, int channel) const {
+    const int c = klass * task.size + channel, b = first + bin;
+    const int64_t box = static_cast<int64_t>(task.channels) * task.all_bins * k;
+    return box + (task.pitch == 0 ? static_cast<int64_t>(b) * task.channels + c
+                                  : static_cast<int64_t>(c) * task.all_bins + b);
+  }
+
+  template <int pixels, typename load_t, typename use_t>
+  __device__ __forceinline__ void take(const Visit<acc_t, slopes>* from, const load_t& load, const use_t& use) {
+    Visit<acc_t, slopes> visits[pixels];
+    decltype(load(0)) loaded[pixels];
+#pragma unroll
+    for (int i = 0; i < pixels; ++i) visits[i] = from[i];
+#pragma unroll
+    for (int i = 0; i < pixels; ++i) loaded[i] = load(visits[i].place);
+#pragma unroll
+    for (int i = 0; i < pixels; ++i) use(loaded[i], visits[i]);
+  }
+
+  // Calls fn(bin, whether its samples may be several chunks) for each bin of this warp.
+  template <typename fn_t>
+  __device__ __forceinline__ void for_each_bin(const fn_t& fn) {
+    const auto each = [&](auto several) {
+#pragma unroll 1
+      for (int bin = warp; bin < count; bin += kWarps) fn(bin, several);
+    };
+    if (task.several) {
+      each(std::true_type());
+    } else {
+      each(std::false_type());
+    }
+  }
+
+  // Calls load(place) for several pixels of a bin, and then use(what it gave, visit) for each, until all have had their
+  // turn. False if there is no pixel. All lanes of a warp must come here.
+  template <bool several, typename load_t, typename use_t>
+  __device__ __forceinline__ bool for_each_pixel(int bin, const load_t& load, const use_t& use) {
+    constexpr int columns_listed = 2 * kChunk, rows_listed = kWarp / columns_listed;
+    const BinStencil<acc_t>&rows = shared.stencils[bin][0], &columns = shared.stencils[bin][1];
+    Visit<acc_t, slopes>* const visits = shared.visits[warp];
+    const acc_t share = rows.share * columns.share * (slopes ? acc_t(1) : rows.factor);
+    bool any = false;
+    int chunk = 0;
+    do {
+      const int down = rows.entries.size(), width = columns.entries.size(), j = lane % columns_listed;
+      for (int top = 0; top < down; top += rows_listed) {
+        const int i = top + lane / columns_listed, n = (down - top < rows_listed ? down - top : rows_listed) * width;
         __syncwarp();
-        if (lane < 2) {
-          const int64_t begin = axis.first + (lane == 0 ? chunk / across : chunk % across) * kChunk;
-          const int64_t end = begin + kChunk < axis.last ? begin + kChunk : axis.last;
-          stencils[lane].locate(axis, begin, end, lane == 0 ? s.height : s.width, static_cast<acc_t>(s.reach));
+        if (i < down && j < width) {
+          const StencilEntry<acc_t>&row = rows.entries[i], &column = columns.entries[j];
+          Visit<acc_t, slopes> visit;
+          visit.place = (row.pixel * static_cast<uint32_t>(task.s.width) + column.pixel) *
+                        (static_cast<uint32_t>(task.channels) / vec);
+          visit.weight = share * row.weight * column.weight;
+          if constexpr (slopes) {
+            visit.by_y = share * row.slope * column.weight;
+            visit.by_x = share * row.weight * column.slope;
+          }
+          visits[(i - top) * width + j] = visit;
         }
         __syncwarp();
-        located = chunk;
+        any |= n > 0;
+        int v = 0;
+#pragma unroll 1
+        for (; v + kAtOnce <= n; v += kAtOnce) take<kAtOnce>(visits + v, load, use);
+        if (n & 2) take<2>(visits + v, load, use), v += 2;
+        if (n & 1) take<1>(visits + v, load, use);
       }
-      if (chunk % across == 0) rows += stencils[0].samples;
-      if (chunk < across) columns += stencils[1].samples;
-      for (int i = 0; i < stencils[0].entries.size(); ++i) {
-        const StencilEntry<acc_t> row = stencils[0].entries[i];
-#pragma unroll 4
-        for (int j = 0; j < stencils[1].entries.size(); ++j) visit(row, stencils[1].entries[j]);
-      }
-    }
-    touches = rows > 0 && columns > 0;
-    if (samples == 0) samples = acc_t(rows * columns);
+      if (several && rows.chunks * columns.chunks > 1)
+        chunk = locate_next_chunk(shared.stencils[bin], task, k, klass, first + bin, chunk);
+    } while (chunk != 0);
+    return any;
   }
 };
+static_assert(kAtOnce == 4, "what is left is at most 2 + 1 pixels");
 
-template <int vec, typename scalar_t, typename acc_t>
-__device__ __forceinline__ void load_strided(acc_t (&values)[vec], const scalar_t* from, int64_t stride) {
-  if (stride == 1) {
-    load(values, from);
+// to [rows][columns] = from, whose rows begin so many elements apart; by all threads of the block
+template <int vec, typename scalar_t>
+__device__ __forceinline__ void copy_rows(
+    scalar_t* to, int64_t to_pitch, const scalar_t* from, int64_t from_pitch, int rows, int columns) {
+  if (vec > 1 && to_pitch == columns && from_pitch == columns) {
+    const scalar_t* const end = from + rows * columns;
+    to += threadIdx.x * vec;
+#pragma unroll 1
+    for (from += threadIdx.x * vec; from < end; from += kThreads * vec, to += kThreads * vec) {
+      *reinterpret_cast<Raw<vec, scalar_t>*>(to) = load_raw<vec>(from);
+    }
   } else {
-#pragma unroll
-    for (int i = 0; i < vec; ++i) values[i] = static_cast<acc_t>(from[i * stride]);
-  }
-}
-
-// out [K, channels, Ph, Pw] and map [N, groups, H, W, channels], both of any layout; mask [K, 1, Ph, Pw] or null
-// With vec > 1 the channels of the map are contiguous.
-template <int vec, typename scalar_t, typename acc_t, typename shape_t>
-__global__ void __launch_bounds__(kThreads) pool_kernel(
-    scalar_t* __restrict__ out, const scalar_t* __restrict__ map, const acc_t* __restrict__ mask,
-    const PoolArguments<acc_t> arguments, const shape_t shape, const PoolSizes s, Strides out_strides,
-    Strides strides) {
-  __shared__ ChunkStencil<acc_t> stencils[kThreads / kWarp][2];
-  WarpBin<acc_t> warp;
-  if (!warp.locate(shape, s, arguments, stencils)) return;
-  const int64_t size = s.channels / s.classes;
-  const acc_t factor = mask ? mask[warp.k * s.bins() + warp.index] : acc_t(1);
-  for (int64_t first = 0; first < size; first += kWarp * vec) {
-    const int64_t c = first + warp.lane * vec, channel = warp.klass * size + c;
-    const scalar_t* plane = map + warp.plane * strides.plane + channel * strides.channel;
-    acc_t sum[vec] = {};
-    warp.for_each_pixel(s, [&](const StencilEntry<acc_t>& row, const StencilEntry<acc_t>& column) {
-      if (c >= size) return;
-      const acc_t weight = row.weight * column.weight;
-      acc_t value[vec];
-      load(value, plane + (row.pixel * s.width + column.pixel) * strides.pixel);
-#pragma unroll
-      for (int e = 0; e < vec; ++e) sum[e] += weight * value[e];
-    });
-    if (c >= size) continue;
-#pragma unroll
-    for (int e = 0; e < vec; ++e) sum[e] = warp.touches ? factor / warp.samples * sum[e] : acc_t(0);
-    scalar_t* to = out + warp.k * out_strides.plane + warp.index * out_strides.pixel + channel * out_strides.channel;
-    if (out_strides.channel == 1) {
-      store(to, sum);
-    } else {
-#pragma unroll
-      for (int e = 0; e < vec; ++e) to[e * out_strides.channel] = static_cast<scalar_t>(sum[e]);
+    for (int row = threadIdx.x / kWarp; row < rows; row += kWarps) {
+      for (int i = threadIdx.x % kWarp; i < columns; i += kWarp) to[row * to_pitch + i] = from[row * from_pitch + i];
     }
   }
 }
 
-// grad as `out` above. map_grad [N, groups, H, W, channels] (its channels contiguous), offset_grad and mask_grad, each
-// null if not wanted, are added to; of the latter two one lane of a warp adds the sum over its channels.
+// out [K, channels, Ph, Pw], map [N, groups, H, W, channels]
 template <int vec, typename scalar_t, typename acc_t, typename shape_t>
-__global__ void __launch_bounds__(kThreads) pool_backward_kernel(
+__global__ void __launch_bounds__(kThreads, 3) pool_kernel(
+    scalar_t* __restrict__ out, const scalar_t* __restrict__ map,
+    const __grid_constant__ PoolTask<acc_t, shape_t> task) {
+  extern __shared__ __align__(16) unsigned char memory[];
+  scalar_t* const staged = reinterpret_cast<scalar_t*>(memory);
+  __shared__ typename PoolBlock<vec, acc_t, false, shape_t>::Shared shared;
+  PoolBlock<vec, acc_t, false, shape_t> block(task, shared);
+  const int size = task.size;
+  for (int slice = 0; slice < size; slice += kWarp * vec) {
+    const int c = slice + block.lane * vec;
+    const bool exists = c < size;
+    scalar_t* const place = out + block.place(0, c);
+    scalar_t* const box = staged + block.lane * vec * task.pitch;
+    // A lane too many reads what another one does.
+    const scalar_t* from = map + block.klass * size + (exists ? c : size - vec);
+    block.for_each_bin([&](int bin, auto several) {
+      const scalar_t* plane = from + shared.stencils[bin][0].plane;
+      acc_t sum[vec] = {};
+      block.template for_each_pixel<several()>(
+          bin, [&](uint32_t place) { return reinterpret_cast<const Raw<vec, scalar_t>*>(plane)[place]; },
+          [&](const auto& raw, const auto& visit) {
+            acc_t value[vec];
+            unpack<scalar_t>(value, raw);
+#pragma unroll
+            for (int e = 0; e < vec; ++e) sum[e] += visit.weight * value[e];
+          });
+      if (!exists) return;
+      if (task.pitch == 0) {
+        store(place + static_cast<int64_t>(bin) * task.channels, sum);
+      } else {
+#pragma unroll
+        for (int e = 0; e < vec; ++e) box[e * task.pitch + bin] = static_cast<scalar_t>(sum[e]);
+      }
+    });
+    if (task.pitch == 0) continue;
+    __syncthreads();
+    copy_rows<vec>(
+        out + block.place(0, slice), task.all_bins, staged, task.pitch,
+        size - slice < kWarp * vec ? size - slice : kWarp * vec, block.count);
+    __syncthreads();
+  }
+}
+
+// grad as `out` above. map_grad [N, groups, H, W, channels], offset_grad and mask_grad, each null if not wanted, are
+// added to; of the latter two one lane of a warp adds the sum over its channels.
+template <int vec, typename scalar_t, typename acc_t, typename shape_t>
+__global__ void __launch_bounds__(kThreads, 2) pool_backward_kernel(
     acc_t* __restrict__ map_grad, acc_t* __restrict__ offset_grad, acc_t* __restrict__ mask_grad,
-    const scalar_t* __restrict__ grad, const scalar_t* __restrict__ map, const acc_t* __restrict__ mask,
-    const PoolArguments<acc_t> arguments, const shape_t shape, const PoolSizes s, Strides grad_strides,
-    Strides strides) {
-  __shared__ ChunkStencil<acc_t> stencils[kThreads / kWarp][2];
-  WarpBin<acc_t> warp;
-  if (!warp.locate(shape, s, arguments, stencils)) return;
-  const int64_t size = s.channels / s.classes;
-  const acc_t factor = mask ? mask[warp.k * s.bins() + warp.index] : acc_t(1);
-  acc_t by_y = 0, by_x = 0, by_mask = 0;
-  // The number of samples of some bins is known only after a walk over them.
-  if (warp.samples == 0) warp.for_each_pixel(s, [](const StencilEntry<acc_t>&, const StencilEntry<acc_t>&) {});
-  const acc_t share = factor / warp.samples;  // of a sample in the bin
-  for (int64_t first = 0; first < size; first += kWarp * vec) {
-    const int64_t c = first + warp.lane * vec, channel = warp.klass * size + c;
-    const scalar_t* plane = map + warp.plane * strides.plane + channel * strides.channel;
-    acc_t* plane_grad = map_grad + warp.plane * s.pixels() * s.channels + channel;
-    acc_t g[vec] = {};
-    if (c < size) {
-      load_strided(
-          g, grad + warp.k * grad_strides.plane + warp.index * grad_strides.pixel + channel * grad_strides.channel,
-          grad_strides.channel);
+    const scalar_t* __restrict__ grad, const scalar_t* __restrict__ map,
+    const __grid_constant__ PoolTask<acc_t, shape_t> task) {
+  // Lanes add to neighbouring vectors of 16 bytes: a lane's channels are `pieces` runs of `run`.
+  constexpr int run = vec * sizeof(acc_t) > 16 ? 16 / sizeof(acc_t) : vec, pieces = vec / run;
+  extern __shared__ __align__(16) unsigned char memory[];
+  scalar_t* const staged = reinterpret_cast<scalar_t*>(memory);
+  __shared__ typename PoolBlock<run, acc_t, true, shape_t>::Shared shared;
+  PoolBlock<run, acc_t, true, shape_t> block(task, shared);
+  const int size = task.size;
+  struct Pieces {
+    Raw<run, scalar_t> at[pieces];
+  };
+  for (int slice = 0; slice < size; slice += kWarp * vec) {
+    const int channels = size - slice < kWarp * vec ? size - slice : kWarp * vec;
+    if (task.pitch != 0) {
+      __syncthreads();
+      copy_rows<vec>(staged, task.pitch, grad + block.place(0, slice), task.all_bins, channels, block.count);
+      __syncthreads();
     }
-    warp.for_each_pixel(s, [&](const StencilEntry<acc_t>& row, const StencilEntry<acc_t>& column) {
-      if (c >= size) return;
-      const int64_t pixel = row.pixel * s.width + column.pixel;
-      const acc_t weight = row.weight * column.weight;
-      if (map_grad && share * weight != 0) atomic_add(plane_grad + pixel * s.channels, share * weight, g);
-      if (!offset_grad && !mask_grad) return;
-      acc_t value[vec], dot = 0;
-      load(value, plane + pixel * strides.pixel);
+    int channel[pieces];  // of the class
+    bool exists[pieces];
 #pragma unroll
-      for (int e = 0; e < vec; ++e) dot += g[e] * value[e];
-      by_y += row.slope * column.weight * dot;
-      by_x += row.weight * column.slope * dot;
-      by_mask += weight * dot;
+    for (int i = 0; i < pieces; ++i) {
+      channel[i] = slice + (i * kWarp + block.lane) * run;
+      exists[i] = channel[i] < size;
+      if (!exists[i]) channel[i] = size - run;  // a lane too many reads what another one does
+    }
+    block.for_each_bin([&](int bin, auto several) {
+      const BinStencil<acc_t>&rows = shared.stencils[bin][0], &columns = shared.stencils[bin][1];
+      const int64_t plane = rows.plane + block.klass * size;
+      acc_t g[pieces][run], by_y = 0, by_x = 0, by_mask = 0;
+#pragma unroll
+      for (int i = 0; i < pieces; ++i) {
+        if (task.pitch == 0) {
+          load(g[i], grad + block.place(bin, channel[i]));
+        } else {
+#pragma unroll
+          for (int e = 0; e < run; ++e) {
+            g[i][e] = static_cast<acc_t>(staged[(channel[i] - slice + e) * task.pitch + bin]);
+          }
+        }
+      }
+      const bool any = block.template for_each_pixel<several()>(
+          bin,
+          [&](uint32_t place) {
+            Pieces loaded;
+            if (offset_grad || mask_grad) {
+#pragma unroll
+              for (int i = 0; i < pieces; ++i) {
+                loaded.at[i] = reinterpret_cast<const Raw<run, scalar_t>*>(map + plane + channel[i])[place];
+              }
+            }
+            return loaded;
+          },
+          [&](const Pieces& loaded, const Visit<acc_t, true>& visit) {
+            acc_t dot = 0;
+#pragma unroll
+            for (int i = 0; i < pieces; ++i) {
+              if (!exists[i]) continue;
+              const acc_t weight = rows.factor * visit.weight;
+              if (map_grad && weight != 0) {
+                atomic_add(map_grad + plane + channel[i] + static_cast<uint64_t>(visit.place) * run, weight, g[i]);
+              }
+              acc_t value[run];
+              unpack<scalar_t>(value, loaded.at[i]);
+#pragma unroll
+              for (int e = 0; e < run; ++e) dot += g[i][e] * value[e];
+            }
+            by_y += visit.by_y * dot;
+            by_x += visit.by_x * dot;
+            by_mask += visit.weight * dot;
+          });
+      if (!offset_grad && !mask_grad) return;
+      by_y = lane_sum(by_y, kWarp);
+      by_x = lane_sum(by_x, kWarp);
+      by_mask = lane_sum(by_mask, kWarp);
+      // A bin without pixels may be of a box of infinite size, which times 0 would be NaN.
+      if (block.lane != 0 || !any) return;
+      if (offset_grad) {
+        atomicAdd(offset_grad + columns.offset_index, rows.factor * columns.move * by_x);
+        atomicAdd(offset_grad + rows.offset_index, rows.factor * rows.move * by_y);
+      }
+      if (mask_grad) atomicAdd(mask_grad + static_cast<int64_t>(block.k) * task.all_bins + block.first + bin, by_mask);
     });
   }
-  by_y = lane_sum(by_y, kWarp);
-  by_x = lane_sum(by_x, kWarp);
-  by_mask = lane_sum(by_mask, kWarp);
-  if (warp.lane != 0 || !warp.touches)
-    return;  // a box that is lost may be of infinite size, which times 0 would be NaN
-  if (offset_grad) {
-    atomicAdd(offset_grad + warp.offset_index, share * warp.move_x * by_x);
-    atomicAdd(offset_grad + warp.offset_index + s.offset_stride, share * warp.move_y * by_y);
-  }
-  if (mask_grad) atomicAdd(mask_grad + warp.k * s.bins() + warp.index, by_mask / warp.samples);
 }
 
 // The tensors of one call in the types and layouts that the kernels want.
-template <typename scalar_t, typename acc_t>
+template <typename scalar_t, typename acc_t, typename shape_t>
 struct PoolCall {
+  const shape_t& shape;
   const PoolSizes s;
   const at::Tensor boxes, offset, mask;  // contiguous, acc_t; offset and mask may be undefined
-  at::Tensor map;                        // [N, groups, H, W, channels], of the layout in `strides`
-  Strides strides;
+  at::Tensor map;                        // [N, groups, H, W, channels]
 
   static constexpr auto acc_type = c10::CppTypeToScalarType<acc_t>::value;
 
@@ -222,44 +386,46 @@ struct PoolCall {
     return t.has_value() ? t->to(acc_type).contiguous() : at::Tensor();
   }
 
+  static const acc_t* data(const at::Tensor& t) { return t.defined() ? t.const_data_ptr<acc_t>() : nullptr; }
+
   PoolCall(
-      const PoolSizes& sizes, const at::Tensor& input, const at::Tensor& boxes_,
+      const shape_t& shape_, const at::Tensor& input, const at::Tensor& boxes_,
       const std::optional<at::Tensor>& offset_, const std::optional<at::Tensor>& mask_)
-      : s(sizes), boxes(arranged(boxes_)), offset(arranged(offset_)), mask(arranged(mask_)) {
-    strides = {s.pixels() * s.channels, s.channels, 1};
-    const at::Tensor dense = input.contiguous(input.suggest_memory_format());
-    if (s.groups > 1) {  // input channel c * groups + g is channel c of plane g
-      map = dense.reshape({s.batch, s.channels, s.groups, s.pixels()}).permute({0, 2, 3, 1}).contiguous();
-    } else if (dense.stride(1) != 1 && s.boxes * s.bins() * 96 < s.batch * s.pixels() * int64_t(sizeof(scalar_t))) {
-      // To turn the map to channels last costs reading and writing it once. To sample it as it is costs about 6 memory
-      // sectors of 32 bytes a bin and channel, where a channel vector uses them whole: worth it for a few boxes on a
-      // large map only.
-      map = dense;
-      strides = {s.pixels() * s.channels, 1, s.pixels()};
-    } else {
-      map = to_rows<scalar_t>(dense);
-    }
+      : shape(shape_), s(shape.sizes()), boxes(arranged(boxes_)), offset(arranged(offset_)), mask(arranged(mask_)) {
+    map = s.groups == 1 ? to_rows<scalar_t>(input)
+                        // input channel c * groups + g is channel c of plane g
+                        : input.reshape({s.batch, s.channels, s.groups, s.pixels()}).permute({0, 2, 3, 1}).contiguous();
   }
 
-  PoolArguments<acc_t> arguments() const {
-    return {boxes.const_data_ptr<acc_t>(), offset.defined() ? offset.const_data_ptr<acc_t>() : nullptr};
-  }
-  const acc_t* mask_data() const { return mask.defined() ? mask.const_data_ptr<acc_t>() : nullptr; }
-
-  // Of a dense tensor [K, channels, Ph, Pw]
-  Strides pooled_strides(const at::Tensor& t) const {
-    const bool last = t.suggest_memory_format() == at::MemoryFormat::ChannelsLast;
-    return {s.bins() * s.channels, last ? s.channels : 1, last ? 1 : s.bins()};
-  }
-
-  // Calls fn(vec, grid), unless there is nothing to do. `pooled`: see above
+  // Calls fn(vec, task, grid, bytes), unless there is nothing to do; `pooled` [K, channels, Ph, Pw] is dense.
   template <typename fn_t>
   void launch(const at::Tensor& pooled, const fn_t& fn) const {
-    const int64_t warps = s.boxes * s.bins() * s.classes, size = s.channels / s.classes;
-    if (warps == 0 || size == 0) return;
-    const bool aligned = reinterpret_cast<uintptr_t>(pooled.const_data_ptr()) % 16 == 0 && strides.channel == 1;
-    dispatch_vector<scalar_t>(
-        aligned ? size : 1, map.const_data_ptr(), [&](auto vec) { fn(vec, blocks_for(warps, kThreads / kWarp)); });
+    const int64_t size = s.channels / s.classes, parts = (s.bins() + kBins<acc_t> - 1) / kBins<acc_t>;
+    if (s.boxes == 0 || size == 0) return;
+    constexpr int most = std::numeric_limits<int>::max() / 8, most_blocks = 65535;
+    TORCH_CHECK(
+        std::max({s.channels, s.bins(), shape.sampling_ratio}) < most && std::max(parts, s.classes) <= most_blocks,
+        s.op, ": too many channels, bins, samples or classes");
+    const int bins = (s.bins() + parts - 1) / parts;
+    const int pitch = pooled.suggest_memory_format() == at::MemoryFormat::ChannelsLast ? 0 : bins | 1;
+    const PoolTask<acc_t, shape_t> task{
+        shape,
+        s,
+        {data(boxes), data(offset)},
+        data(mask),
+        static_cast<int>(s.channels),
+        static_cast<int>(size),
+        static_cast<int>(s.bins()),
+        bins,
+        pitch,
+        shape.sampling_ratio <= 0 || shape.sampling_ratio > kChunk};
+    const dim3 grid(blocks_for(s.boxes, 1), parts, s.classes);
+    const bool aligned = reinterpret_cast<uintptr_t>(pooled.const_data_ptr()) % 16 == 0;
+    dispatch_vector<scalar_t>(aligned ? size : 1, map.const_data_ptr(), [&](auto vec) {
+      constexpr int64_t vectors = std::numeric_limits<uint32_t>::max();
+      TORCH_CHECK(s.pixels() * (s.channels / vec()) <= vectors, s.op, ": input is too large an image");
+      fn(vec, task, grid, kWarp * vec() * pitch * sizeof(scalar_t));
+    });
   }
 
   at::Tensor to_input(const at::Tensor& map_grad, const at::Tensor& input) const {
@@ -277,14 +443,13 @@ at::Tensor pool_forward(
     const std::optional<at::Tensor>& mask) {
   const c10::cuda::CUDAGuard guard(input.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const PoolSizes s = shape.sizes();
-  const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
+  const PoolCall<scalar_t, acc_t, shape_t> call(shape, input, boxes, offset, mask);
   const at::Tensor pooled = at::empty(
-      {s.boxes, s.channels, s.pooled_h, s.pooled_w}, input.options().memory_format(input.suggest_memory_format()));
-  call.launch(pooled, [&](auto vec, unsigned grid) {
-    pool_kernel<vec(), scalar_t, acc_t, shape_t><<<grid, kThreads, 0, stream>>>(
-        pooled.data_ptr<scalar_t>(), call.map.template const_data_ptr<scalar_t>(), call.mask_data(), call.arguments(),
-        shape, s, call.pooled_strides(pooled), call.strides);
+      {call.s.boxes, call.s.channels, call.s.pooled_h, call.s.pooled_w},
+      input.options().memory_format(input.suggest_memory_format()));
+  call.launch(pooled, [&](auto vec, const auto& task, dim3 grid, size_t bytes) {
+    pool_kernel<vec(), scalar_t, acc_t, shape_t><<<grid, kThreads, bytes, stream>>>(
+        pooled.data_ptr<scalar_t>(), call.map.template const_data_ptr<scalar_t>(), task);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return pooled;
@@ -298,27 +463,42 @@ PoolGradients pool_backward(
     const std::optional<at::Tensor>& offset, const std::optional<at::Tensor>& mask, std::array<bool, 3> wanted) {
   const c10::cuda::CUDAGuard guard(input.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const PoolSizes s = shape.sizes();
-  const PoolCall<scalar_t, acc_t> call(s, input, boxes, offset, mask);
+  const PoolCall<scalar_t, acc_t, shape_t> call(shape, input, boxes, offset, mask);
   const at::Tensor grad = grad_.contiguous(grad_.suggest_memory_format());
   const at::TensorOptions acc_options = call.boxes.options();
   wanted[1] = wanted[1] && offset.has_value();
   wanted[2] = wanted[2] && mask.has_value();
   const at::Tensor none = at::empty({0}, input.options());
-  const at::Tensor map_grad = wanted[0] ? at::zeros({s.batch, s.groups, s.pixels(), s.channels}, acc_options) : none;
+  const at::Tensor map_grad =
+      wanted[0] ? at::zeros({call.s.batch, call.s.groups, call.s.pixels(), call.s.channels}, acc_options) : none;
   const at::Tensor offset_grad = wanted[1] ? at::zeros(offset->sizes(), acc_options) : none;
   const at::Tensor mask_grad = wanted[2] ? at::zeros(mask->sizes(), acc_options) : none;
-  call.launch(grad, [&](auto vec, unsigned grid) {
-    pool_backward_kernel<vec(), scalar_t, acc_t, shape_t><<<grid, kThreads, 0, stream>>>(
+  call.launch(grad, [&](auto vec, const auto& task, dim3 grid, size_t bytes) {
+    pool_backward_kernel<vec(), scalar_t, acc_t, shape_t><<<grid, kThreads, bytes, stream>>>(
         wanted[0] ? map_grad.data_ptr<acc_t>() : nullptr, wanted[1] ? offset_grad.data_ptr<acc_t>() : nullptr,
         wanted[2] ? mask_grad.data_ptr<acc_t>() : nullptr, grad.const_data_ptr<scalar_t>(),
-        call.map.template const_data_ptr<scalar_t>(), call.mask_data(), call.arguments(), shape, s,
-        call.pooled_strides(grad), call.strides);
+        call.map.template const_data_ptr<scalar_t>(), task);
     C10_CUDA_KERNEL_LAUNCH_CHECK();
   });
   return {
       wanted[0] ? call.to_input(map_grad, input) : none, wanted[1] ? offset_grad.to(offset->scalar_type()) : none,
       wanted[2] ? mask_grad.to(mask->scalar_type()) : none};
 }
+
+// For RoIPoolOperators
+struct Pooling {
+  template <typename scalar_t, typename acc_t, typename... arguments_t>
+  static auto forward(const arguments_t&... arguments) {
+    return pool_forward<scalar_t, acc_t>(arguments...);
+  }
+  template <typename scalar_t, typename acc_t, typename... arguments_t>
+  static auto backward(const arguments_t&... arguments) {
+    return pool_backward<scalar_t, acc_t>(arguments...);
+  }
+  // By atomics
+  static void sums_in_any_order(const std::string& name) {
+    at::globalContext().alertNotDeterministic((name + "_cuda").c_str());
+  }
+};
 
 }  // namespace dcnv2::cuda

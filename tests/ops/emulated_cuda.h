@@ -23,6 +23,8 @@
 #define __shared__ static
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
+#define __noinline__
 #define C10_CUDA_KERNEL_LAUNCH_CHECK()
 #define C10_CUDA_CHECK(call) call
 
@@ -30,7 +32,13 @@ struct dim3 {
   unsigned x, y, z;
   dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
-inline dim3 threadIdx, blockIdx, blockDim;
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulated {
 
@@ -117,15 +125,18 @@ template <typename... parameters_t>
 auto launch(dim3 grid, dim3 block, size_t bytes, void (*kernel)(parameters_t...)) {
   return [=](parameters_t... arguments) {
     blockDim = block;
-    require(grid.x > 0 && grid.y * grid.z == 1 && block.x * block.y * block.z <= 1024, "bad launch");
+    gridDim = grid;
+    require(
+        grid.x > 0 && grid.y > 0 && grid.y < 65536 && grid.z > 0 && grid.z < 65536 && block.x * block.y * block.z <= 1024,
+        "bad launch");
     require(block.x * block.y * block.z % 32 == 0, "a warp is not full");
-    std::vector<unsigned> order(grid.x);
-    for (unsigned i = 0; i < grid.x; ++i) order[i] = i;
+    std::vector<unsigned> order(grid.x * grid.y * grid.z);
+    for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), random_order);
     kernel_call = [&] { kernel(arguments...); };
     dynamic_memory = std::malloc(bytes);
     for (unsigned i : order) {
-      blockIdx = dim3(i);
+      blockIdx = dim3(i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y);
       run_block();
     }
     std::free(dynamic_memory);
@@ -160,6 +171,11 @@ void atomicAdd(value_t* to, value_t value) {
   *to += value;
 }
 
+template <typename value_t>
+void __stcg(value_t* to, const value_t& value) {
+  *to = value;
+}
+
 struct cudaFuncAttributes {
   int ptxVersion;
 };
@@ -167,7 +183,9 @@ template <typename kernel_t>
 void cudaFuncGetAttributes(cudaFuncAttributes* attributes, kernel_t*) {
   attributes->ptxVersion = 90;
 }
-enum { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum { cudaFuncAttributeMaxDynamicSharedMemorySize, cudaDevAttrMultiProcessorCount };
+inline void cudaGetDevice(int* device) { *device = 0; }
+inline void cudaDeviceGetAttribute(int* value, int, int) { *value = 12; }
 template <typename kernel_t>
 void cudaFuncSetAttribute(kernel_t*, int, int) {}
 

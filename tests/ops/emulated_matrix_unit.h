@@ -1,4 +1,4 @@
-// The two instructions of csrc/cuda/matrix_unit.h on the GPU of emulated_cuda.h.
+// csrc/cuda/matrix_unit.h on the GPU of emulated_cuda.h.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -6,17 +6,45 @@
 
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #include "emulated_cuda.h"
 
 namespace dcnv2::cuda {
 
-inline void load_matrices(uint32_t (&to)[4], const void* row) {
-  emulated::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a row of a matrix is not aligned");
-  const int lane = emulated::current->id % 32;
-  for (int i = 0; i < 4; ++i) {
-    const void* from = emulated::exchange(row, i * 8 + lane / 4, __LINE__);
-    std::memcpy(&to[i], static_cast<const char*>(from) + lane % 4 * 4, 4);
+// A copy is made when it is waited for, no earlier; a batch too many that nobody waits for is lost.
+struct Copy {
+  void* to;
+  const void* from;
+};
+inline std::vector<std::vector<std::vector<Copy>>> copies(1024);  // of each thread, of each batch
+
+inline void copy_async(void* to, const void* from, bool exists) {
+  emulated::require(
+      reinterpret_cast<uintptr_t>(to) % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "not aligned");
+  auto& batches = copies[emulated::current->id];
+  if (batches.empty()) batches.emplace_back();
+  batches.back().push_back({to, exists ? from : nullptr});
+}
+
+inline void end_copies() {
+  auto& batches = copies[emulated::current->id];
+  if (batches.empty()) batches.emplace_back();
+  batches.emplace_back();  // the one that is open
+}
+
+template <int batches_left>
+void wait_for_copies() {
+  auto& batches = copies[emulated::current->id];
+  while (batches.size() > batches_left + 1) {
+    for (const Copy& copy : batches.front()) {
+      if (copy.from) {
+        std::memcpy(copy.to, copy.from, 16);
+      } else {
+        std::memset(copy.to, 0, 16);
+      }
+    }
+    batches.erase(batches.begin());
   }
 }
 

@@ -24,11 +24,11 @@ CSRC = Path(__file__).parents[2] / "csrc"
 NAN, INF = math.nan, math.inf
 FORMATS = [torch.contiguous_format, torch.channels_last]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]  # float16 takes the way of bfloat16
-# So that small inputs come to several tiles, to several chunks of samples and to both ways to read a map.
+# So that small inputs come to several tiles, to several chunks of samples and to several blocks a box.
 SMALLER = {
-    "kWorkspace = 64 << 20": "kWorkspace = 6000",
-    "kChunk = 16": "kChunk = 3",
-    "s.bins() * 96 <": "s.bins() * 9 <",
+    "kWorkspace = 32 << 20": "kWorkspace = 6000",
+    "kBins = 49 *": "kBins = 20 *",
+    "kTaps = 9;": "kTaps = 4;",
 }
 
 
