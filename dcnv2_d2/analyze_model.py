@@ -16,6 +16,7 @@ import functools
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
@@ -69,10 +70,16 @@ def pooling(ratio: int) -> Callable[..., int]:
     return lambda *args, out_shape: 2 * math.prod(out_shape) * args[ratio] ** 2 * 4
 
 
-FORMULAS = {ours.deform_conv2d: deform_conv2d}
+def nothing(*args: Any, out_shape: tuple[int, ...]) -> int:
+    return 0
+
+
+# In place of the operators' own formulas, which count the samples
+FORMULAS = {ours.deform_conv2d: deform_conv2d, ours.deform_roi_pool: nothing, ours.deform_ps_roi_pool: nothing}
 INTERPOLATION = {
     ours.deform_conv2d: functools.partial(deform_conv2d, interpolation=True),
     ours.deform_roi_pool: pooling(6),
+    ours.deform_ps_roi_pool: pooling(6),
     torch.ops.torchvision.roi_align: pooling(5),
     aten.upsample_bilinear2d: lambda *args, out_shape: 2 * math.prod(out_shape) * 4,
 }
