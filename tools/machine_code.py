@@ -6,8 +6,8 @@ python tools/machine_code.py --arch sm_90
 python tools/machine_code.py --source <another checkout>
 
 Instructions of a bin are counted as often as their source lines run for the first row of the pooling benchmark, without
-the lines that it never runs; those of a vector of 8 channels or of a step of 32 channels of a warp, once an iteration of
-the innermost loop with the work in it. Both sides of any other branch count, so a figure is an upper bound. Loads in
+the lines that it never runs; those of a vector of 8 channels or of a step of 32 channels of a warp, once an iteration
+of the innermost loop with the work in it. Both sides of any other branch count, so a figure is an upper bound. Loads in
 flight: vectors asked for before the first one is used.
 """
 
