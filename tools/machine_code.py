@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""What the machine code of the CUDA kernels shows without a GPU, as a Markdown table. Needs nvcc and nvdisasm (CUDA 12 or
-later; pip install nvidia-cuda-nvdisasm has the latter).
+"""What the machine code of the CUDA kernels shows without a GPU, as a Markdown table. Needs nvcc and nvdisasm (CUDA 12
+or later; pip install nvidia-cuda-nvdisasm has the latter).
 
 python tools/machine_code.py --arch sm_90
 python tools/machine_code.py --source <another checkout>
 
-Instructions are counted as often as their source lines run for the first row of the pooling benchmark (a bin), or once an
-iteration of the innermost loop with the work in it (a vector of 8 channels, a step of 32 channels of a warp). Both sides of a
-branch count, so a figure is an upper bound. Loads in flight: vectors asked for before the first one is used.
+Instructions of a bin are counted as often as their source lines run for the first row of the pooling benchmark, without
+the lines that it never runs; those of a vector of 8 channels or of a step of 32 channels of a warp, once an iteration
+of the innermost loop with the work in it. Both sides of any other branch count, so a figure is an upper bound. Loads in
+flight: vectors asked for before the first one is used.
 """
 
 import argparse
@@ -47,16 +48,8 @@ def find_nvdisasm():
 def compile_kernels(source, arch):
     """Yields (name, [(instruction, chain of source lines)], what ptxas says of it)."""
     includes = [str(source / "csrc"), *cpp_extension.include_paths("cuda")]
-    flags = [
-        "-cubin",
-        f"-arch={arch}",
-        "-O3",
-        "-std=c++17",
-        "-lineinfo",
-        "-Xptxas",
-        "-v",
-        *cpp_extension.COMMON_NVCC_FLAGS,
-    ]
+    flags = ["-cubin", f"-arch={arch}", "-O3", "-std=c++17", "-lineinfo", "-Xptxas", "-v"]
+    flags += cpp_extension.COMMON_NVCC_FLAGS
     lines = collections.defaultdict(list)
     for unit in sorted((source / "csrc" / "cuda").glob("*.cu")):
         with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -158,10 +151,8 @@ def instructions_of_a_bin(code):
     rules = [
         # What this row never does: bins of many samples, adaptive sampling, results that are channels last
         (r"true_type|locate_next_chunk|store\(place|std::ceil|i < last; \+\+i", 0),
-        (
-            r"scalar_t a = |low = axis.step|first = low - 2|high >= low|first < last|static_cast<int64_t>\((first|last)\)",
-            0,
-        ),
+        (r"scalar_t a = |low = axis.step|first = low - 2|high >= low|first < last", 0),
+        (r"static_cast<int64_t>\((first|last)\)", 0),
         (r"row < rows; row \+=|to\[row \*", 0),
         (r"take<kAtOnce>", fours),
         (r"take<2>", twos),
@@ -185,11 +176,9 @@ def main():
     parser.add_argument("--source", type=Path, default=Path(__file__).resolve().parents[1], help="a checkout")
     parser.add_argument("--arch", default="sm_90")
     args = parser.parse_args()
-    print(
-        f"| {args.arch}, bfloat16 | instructions | loads in flight | matrix instructions | stores, bits | atomics, bits ",
-        end="",
-    )
-    print("| registers | spilled bytes |\n" + "|---" * 8 + "|")
+    heads = "instructions", "loads in flight", "matrix instructions", "stores, bits", "atomics, bits"
+    print("|", " | ".join([f"{args.arch}, bfloat16", *heads, "registers", "spilled bytes"]), "|")
+    print("|---" * 8 + "|")
     found = list(compile_kernels(args.source.resolve(), args.arch))
     for title, (symbol, unit, mark) in KERNELS.items():
         for name, code, (registers, spilled) in found:
