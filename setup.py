@@ -59,7 +59,9 @@ def decide_cuda():
 def extension():
     sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     # No -std (torch chooses), no -march (wheels travel; the kernels dispatch by themselves), no debug symbols.
-    cxx = ["-O3", "-fno-trapping-math", "-g0"] if os.name != "nt" else ["/O2"]
+    # Loops with floating-point comparisons are vectorised only where these cannot trap; pairs of bfloat16 are also read as
+    # one number.
+    cxx = ["-O3", "-fno-trapping-math", "-fno-strict-aliasing", "-g0"] if os.name != "nt" else ["/O2"]
     # Without OpenMP at::parallel_for silently runs on one thread.
     openmp = ["-fopenmp"] if os.name != "nt" else ["/openmp"]
     compile_args = {"cxx": cxx + openmp}

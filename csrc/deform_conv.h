@@ -94,6 +94,11 @@ inline DeformConvShape check_deform_conv(
   TORCH_CHECK_VALUE(
       dilation.size() == 2 && dilation[0] > 0 && dilation[1] > 0, op, ": dilation must be two numbers above 0, got ",
       dilation);
+  for (int i = 0; i < 2; ++i) {
+    TORCH_CHECK_VALUE(
+        (stride[i] | padding[i] | dilation[i]) >> 30 == 0, op,
+        ": stride, padding and dilation must be below 2**30, got ", stride, ", ", padding, " and ", dilation);
+  }
 
   DeformConvShape s;
   s.batch = input.size(0), s.in_channels = input.size(1), s.in_height = input.size(2), s.in_width = input.size(3);

@@ -77,7 +77,7 @@ inline void backward_samples(
       }
       if constexpr (by_sample) add_lanes(dot, sums);
       for (; c < channels; ++c) {
-        const acc_t grad = column[c];
+        const acc_t grad = by_input || by_sample ? column[c] : acc_t(0);
         acc_t value = 0;
         for (int j = 0; j < 4; ++j) {
           if constexpr (by_sample) dot[j] += grad * v[j][c];

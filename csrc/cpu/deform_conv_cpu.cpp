@@ -246,7 +246,7 @@ Gradients backward(
   const at::Tensor input_grad = wanted[0] ? at::empty_like(input) : none;
   const at::Tensor weight_grad = wanted[2] ? at::empty_like(weight) : none;
   const at::Tensor offset_grad = by_sample ? at::empty_like(offset) : none;
-  const at::Tensor mask_grad = by_sample && mask.defined() ? at::empty_like(mask) : none;
+  const at::Tensor mask_grad = wanted[3] ? at::empty_like(mask) : none;
 
   const BackwardCall<scalar_t, acc_t> call{
       s,
@@ -260,7 +260,7 @@ Gradients backward(
       wanted[2],
       images(wanted[0] ? input_grad.data_ptr<scalar_t>() : nullptr, s.in_channels, s.in_pixels(), last),
       by_sample ? offset_grad.data_ptr<acc_t>() : nullptr,
-      by_sample && mask.defined() ? mask_grad.data_ptr<acc_t>() : nullptr,
+      wanted[3] ? mask_grad.data_ptr<acc_t>() : nullptr,
       weight_of(weight, wanted[2] ? weight_grad.data_ptr<scalar_t>() : nullptr)};
   const std::vector<Block> blocks = blocks_of(s, backward_channels);
   const std::vector<Strip> strips = strips_of(s, blocks.size());

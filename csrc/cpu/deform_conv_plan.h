@@ -1,5 +1,5 @@
-// How deform_conv2d is cut into pieces on the CPU, by the shape of the call alone, so that no result depends on the
-// number of threads.
+// How deform_conv2d is cut into pieces on the CPU. No result depends on the number of threads: backward, the shape of
+// the call alone decides; forward, every output has a sum of its own, wherever the cuts are.
 #pragma once
 
 #include <algorithm>
@@ -120,7 +120,7 @@ struct TileRows {
 
   explicit TileRows(const DeformConvShape& s)
       : height(s.out_height), width(s.out_width), columns(ceil_div(width, tile_width)) {}
-  // The number, in all images, of the row that begins with or holds a pixel, of those that lie before it in this order
+  // The row that holds a pixel, both counted over all images in this order
   int64_t row_at(int64_t pixel) const {
     const int64_t image = pixel / (height * width), rest = pixel % (height * width);
     const int64_t whole = width / tile_width * height;  // rows of full width

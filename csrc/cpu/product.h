@@ -4,7 +4,7 @@
 namespace dcnv2::cpu::DCNV2_ISA {
 
 // Rows and columns of the result that stay in registers: their sums take 28 of 32, or 12 of 16 of them. Columns are the
-// width that b and the result are filled up to.
+// width that b is filled up to.
 constexpr int64_t block_rows = vector_bytes == 64 ? 14 : 6;
 template <typename acc_t>
 constexpr int64_t panel = 2 * lanes<acc_t>;
@@ -45,7 +45,7 @@ inline void multiply_block(
     for (int v = 0; v < vectors; ++v) store(out + i * out_stride + v * lanes<acc_t>, sums[i][v]);
 }
 
-// The last rows, two at a time fewer: an odd number of them computes one row more than there is.
+// The last rows: the smallest even block that holds them, which for an odd number computes one row more than there is.
 template <int rows, int vectors, int64_t a_row, int64_t a_step, int64_t b_step, typename acc_t, typename factor_t>
 inline void multiply_rest(
     int64_t left, acc_t* out, int64_t out_stride, const factor_t* a, const factor_t* b, int64_t count, bool add) {

@@ -1,6 +1,10 @@
 // Vectors as wide as the registers, and the memory on either side of them. Included once for each instruction set
 // (isa.h).
 
+#if !defined(__GNUC__) || defined(__clang__)
+#error "the CPU operators are written with GCC's vectors: compile them with GCC 12 or later"
+#endif
+
 namespace dcnv2::cpu::DCNV2_ISA {
 
 constexpr int64_t vector_bytes = DCNV2_VECTOR_BYTES;

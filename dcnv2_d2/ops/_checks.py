@@ -54,6 +54,9 @@ def check_deform_conv2d(input, offset, weight, bias, mask, stride, padding, dila
     _check_pair(op, "stride", stride, 1)
     _check_pair(op, "padding", padding, 0)
     _check_pair(op, "dilation", dilation, 1)
+    if max(*stride, *padding, *dilation) >= 2**30:
+        given = f"{list(stride)}, {list(padding)} and {list(dilation)}"
+        raise ValueError(f"{op}: stride, padding and dilation must be below 2**30, got {given}")
     (n, c, h, w), (o, channels, kh, kw) = input.shape, weight.shape
     if c == 0 or c % channels:
         raise ValueError(f"{op}: input must have a multiple of weight's {channels} channels (C / groups), got {c}")

@@ -29,9 +29,8 @@ def deform_conv2d(
 
     Coordinates, interpolation and sums are in float32 (float64 for a float64 input). In a half type the samples may be
     rounded to it before they are multiplied with the weight, as PyTorch's own products do.
-    On the CPU equal inputs give equal bits at a given number of threads. On a GPU the gradient of the input varies in
-    the last bits. Derivatives are of any order, reverse and
-    forward.
+    On the CPU equal inputs give equal bits, at any number of threads. On a GPU the gradient of the input varies in the
+    last bits. Derivatives are of any order, reverse and forward.
 
     Args:
         input (Tensor[N, C, H, W]): float64, float32, bfloat16 or float16, contiguous or channels_last; the result has

@@ -58,3 +58,28 @@ def test_channels_last_changes_neither_values_nor_the_layout_of_the_gradients(dt
         assert results[layout][2].is_contiguous(memory_format=layout)
     for a, b in zip(*results.values(), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("groups, offset_groups", [(1, 1), (2, 4)])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_bits_do_not_depend_on_the_number_of_threads(dtype, layout, groups, offset_groups):
+    grad, input, offset, weight, mask, *geometry = call = backward_call(dtype, layout, 72, groups, offset_groups)
+    results, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            output = ops.deform_conv2d(input, offset, weight, None, mask, *geometry)
+            results.append([output, *ops.deform_conv2d_backward(*call, [True] * 4)])
+    finally:
+        torch.set_num_threads(threads)
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_geometry_that_no_position_can_hold(name):
+    geometry = {"stride": [1, 1], "padding": [1, 1], "dilation": [1, 1], name: [1, 2**30]}
+    with pytest.raises(ValueError, match=r"stride, padding and dilation must be below 2\*\*30"):
+        ops.deform_conv2d(torch.zeros(1, 1, 4, 4), torch.zeros(1, 18, 4, 4), torch.zeros(1, 1, 3, 3), None, None,
+                          *geometry.values())  # fmt: skip
