@@ -59,8 +59,8 @@ def decide_cuda():
 def extension():
     sources = [ROOT / "csrc" / "library.cpp", *sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
     # No -std (torch chooses), no -march (wheels travel; the kernels dispatch by themselves), no debug symbols.
-    # Loops with floating-point comparisons are vectorised only where these cannot trap; pairs of bfloat16 are also read as
-    # one number.
+    # Loops with floating-point comparisons are vectorised only where these cannot trap; pairs of bfloat16 are also read
+    # as one number.
     cxx = ["-O3", "-fno-trapping-math", "-fno-strict-aliasing", "-g0"] if os.name != "nt" else ["/O2"]
     # Without OpenMP at::parallel_for silently runs on one thread.
     openmp = ["-fopenmp"] if os.name != "nt" else ["/openmp"]
