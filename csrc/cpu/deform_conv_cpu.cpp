@@ -10,13 +10,13 @@
 // deform_conv_plan.h says how a call is cut into pieces; deform_conv_forward.h and deform_conv_backward.h have what is
 // done with one, and are compiled for several instruction sets, of which isa.h chooses.
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <array>
 #include <tuple>
 
 #include "bilinear.h"
-#include "cpu/channels_last.h"
 #include "cpu/deform_conv_plan.h"
 #include "cpu/isa.h"
 #include "deform_conv.h"
@@ -193,9 +193,8 @@ struct Sums {
       const acc_t* const row = window.rows.data() + (y - window.begin) * width * channels;
       for (int64_t j = 0; j < width * channels; ++j) sums.data()[j] += row[j];
     }
-    from_channels_last(
-        call.input_grad.at(image.image, blocks[b].channel, y * width), sums.data(), width, channels,
-        call.input_grad.channel, call.input_grad.pixel);
+    plain::store_pixels(
+        call.input_grad, image.image, blocks[b].channel, y * width, sums.data(), channels, width, channels);
   }
 
   // One output's gradient of the weight, of one block

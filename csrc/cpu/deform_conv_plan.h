@@ -4,11 +4,10 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <memory>
-#include <new>
 #include <type_traits>
 #include <vector>
 
+#include "cpu/memory.h"
 #include "deform_conv.h"
 
 namespace dcnv2::cpu {
@@ -23,30 +22,6 @@ constexpr int64_t forward_stride = forward_width + 16, backward_stride = backwar
 // Two bfloat16 that are neighbours along a sum, multiplied and added by one instruction
 using Bfloat16Pair = uint32_t;
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t rounded_up(int64_t count, int64_t step) { return ceil_div(count, step) * step; }
-
-// Memory of a thread, not initialised
-template <typename value_t>
-struct Buffer {
-  struct Free {
-    void operator()(value_t* p) const { ::operator delete(p, std::align_val_t(64)); }
-  };
-  std::unique_ptr<value_t, Free> memory;
-
-  Buffer() = default;
-  explicit Buffer(int64_t size)
-      : memory(static_cast<value_t*>(::operator new(size * sizeof(value_t), std::align_val_t(64)))) {}
-  value_t* data() const { return memory.get(); }
-};
-
-template <typename value_t>
-Buffer<value_t> zeros(int64_t size) {
-  Buffer<value_t> buffer(size);
-  std::fill_n(buffer.data(), size, value_t(0));
-  return buffer;
-}
-
 // Calls fn with each of `flags` as a std::bool_constant.
 template <typename fn_t>
 void choose(const fn_t& fn) {
@@ -59,20 +34,6 @@ void choose(const fn_t& fn, bool first, flags_t... flags) {
   } else {
     choose([&](auto... rest) { fn(std::false_type(), rest...); }, flags...);
   }
-}
-
-// The images of a tensor [N, C, H, W] of either layout
-template <typename value_t>
-struct Images {
-  value_t* data;
-  int64_t image, channel, pixel;  // strides
-
-  value_t* at(int64_t n, int64_t c, int64_t p) const { return data + n * image + c * channel + p * pixel; }
-};
-
-template <typename value_t>
-Images<value_t> images(value_t* data, int64_t channels, int64_t pixels, bool channels_last) {
-  return {data, channels * pixels, channels_last ? 1 : pixels, channels_last ? channels : 1};
 }
 
 // A weight [O, C / groups, kh, kw] of either layout

@@ -50,29 +50,6 @@ struct TileSamples {
   acc_t weight(int64_t at, int j) const { return weights.data()[j * plane + at]; }
 };
 
-// Pixels of an image of either layout, from `channel` and `pixel` on, to or from rows of channels that begin `stride`
-// elements apart
-template <typename acc_t, typename row_t, typename scalar_t>
-inline void load_pixels(
-    row_t* rows, int64_t stride, const Images<const scalar_t>& from, int64_t n, int64_t channel, int64_t pixel,
-    int64_t pixels, int64_t channels) {
-  if (from.pixel == 1) {
-    transpose<acc_t>(rows, stride, from.at(n, channel, pixel), from.channel, channels, pixels);
-  } else {
-    copy(rows, stride, from.at(n, channel, pixel), from.pixel, pixels, channels);
-  }
-}
-template <typename acc_t, typename scalar_t>
-inline void store_pixels(
-    const Images<scalar_t>& to, int64_t n, int64_t channel, int64_t pixel, const acc_t* rows, int64_t stride,
-    int64_t pixels, int64_t channels) {
-  if (to.pixel == 1) {
-    transpose<acc_t>(to.at(n, channel, pixel), to.channel, rows, stride, pixels, channels);
-  } else {
-    copy(to.at(n, channel, pixel), to.pixel, rows, stride, pixels, channels);
-  }
-}
-
 // The rows begin .. end - 1 of all images, in channels last
 template <typename scalar_t, typename map_t, typename acc_t>
 void lay_out_rows(

@@ -12,6 +12,17 @@
 #define DCNV2_X86_ISAS 1
 #endif
 
+// Loops marked so may be reordered: they write through pointers that never overlap, and their sums need no fixed order
+// (the order the compiler picks is the same in every run).
+#if defined(_OPENMP)
+#define DCNV2_PRAGMA(x) _Pragma(#x)
+#define DCNV2_SIMD DCNV2_PRAGMA(omp simd)
+#define DCNV2_SIMD_SUM(...) DCNV2_PRAGMA(omp simd reduction(+ : __VA_ARGS__))
+#else
+#define DCNV2_SIMD
+#define DCNV2_SIMD_SUM(...)
+#endif
+
 namespace dcnv2::cpu {
 
 enum class Isa { plain, avx2, avx512, avx512_bf16 };

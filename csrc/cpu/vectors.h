@@ -111,4 +111,35 @@ inline void copy(to_t* to, int64_t to_stride, const from_t* from, int64_t from_s
     for (int64_t j = 0; j < columns; ++j) to[i * to_stride + j] = static_cast<to_t>(from[i * from_stride + j]);
 }
 
+// Pixels of an image of either layout, from `channel` and `pixel` on, to or from rows of channels that begin `stride`
+// elements apart
+template <typename acc_t, typename row_t, typename scalar_t>
+inline void load_pixels(
+    row_t* rows, int64_t stride, const Images<const scalar_t>& from, int64_t n, int64_t channel, int64_t pixel,
+    int64_t pixels, int64_t channels) {
+  if (from.pixel == 1) {
+    transpose<acc_t>(rows, stride, from.at(n, channel, pixel), from.channel, channels, pixels);
+  } else if (from.channel == 1) {
+    copy(rows, stride, from.at(n, channel, pixel), from.pixel, pixels, channels);
+  } else {
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0; c < channels; ++c)
+        rows[p * stride + c] = static_cast<row_t>(*from.at(n, channel + c, pixel + p));
+  }
+}
+template <typename acc_t, typename scalar_t>
+inline void store_pixels(
+    const Images<scalar_t>& to, int64_t n, int64_t channel, int64_t pixel, const acc_t* rows, int64_t stride,
+    int64_t pixels, int64_t channels) {
+  if (to.pixel == 1) {
+    transpose<acc_t>(to.at(n, channel, pixel), to.channel, rows, stride, pixels, channels);
+  } else if (to.channel == 1) {
+    copy(to.at(n, channel, pixel), to.pixel, rows, stride, pixels, channels);
+  } else {
+    for (int64_t p = 0; p < pixels; ++p)
+      for (int64_t c = 0; c < channels; ++c)
+        *to.at(n, channel + c, pixel + p) = static_cast<scalar_t>(rows[p * stride + c]);
+  }
+}
+
 }  // namespace dcnv2::cpu::DCNV2_ISA

@@ -30,7 +30,7 @@ def deform_roi_pool(
     outside, and in a direction in which it was clamped at the border.
 
     Coordinates and sums are in float32 (float64 for a float64 input), and the result is rounded once. On the CPU equal
-    inputs give equal bits at a given number of threads. On a GPU the gradient of the input varies in the last bits.
+    inputs give equal bits, at any number of threads. On a GPU the gradient of the input varies in the last bits.
     A box of no image gives zeros there. Derivatives are of any order, reverse and forward;
     boxes have none.
 
