@@ -29,7 +29,9 @@ def box_inputs(n, c, k, bins, parts, classes, size=(25, 37)):
 
 
 def conv(tensors):
-    return deform_conv2d(tensors["input"], tensors["offset"], tensors["weight"], tensors["bias"], 1, 1, 1, tensors["mask"])
+    return deform_conv2d(
+        tensors["input"], tensors["offset"], tensors["weight"], tensors["bias"], 1, 1, 1, tensors["mask"]
+    )
 
 
 def pool(bins, ratio):
@@ -85,5 +87,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(case, dtype, memory_format)
         torch.set_num_threads(threads)
     assert all(t.any() for t in results[1])
     for count in (2, 3, 7):
-        for name, one, other in zip(["output", *(k for k in tensors if k != "boxes")], results[1], results[count], strict=True):
+        for name, one, other in zip(
+            ["output", *(k for k in tensors if k != "boxes")], results[1], results[count], strict=True
+        ):
             assert torch.equal(one, other), (count, name)
