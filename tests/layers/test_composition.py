@@ -2,6 +2,7 @@
 
 import copy
 import importlib
+import os
 import subprocess
 import sys
 
@@ -255,6 +256,7 @@ def sharded_step(rank, path):
                 assert_near(p.grad.full_tensor(), q.grad, 1e-5, name)
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # all is checked; now and then PyTorch aborts when Python ends after FSDP2 on a CPU
 
 
 def test_fsdp2_of_a_shared_branch(tmp_path):
